@@ -1,0 +1,132 @@
+"""``python -m lightning_eff``: list the methods, explain one, look at this machine, run an untouched project."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from lightning_eff.errors import EffError, UnknownMethodError, nearest
+from lightning_eff.integration.lazy import status
+from lightning_eff.integration.script import check_target, run_script
+from lightning_eff.methods import METHODS, MethodInfo
+
+_PACKAGES = ("lightning-eff", "torch", "lightning", "pytorch-lightning", "torchmetrics", "jsonargparse", "hydra-core")
+
+
+def list_methods(console: Console) -> None:
+    """Print one row per method: what to write, what it does."""
+    table = Table("write", "class", "what it does", title="Methods of lightning_eff", title_justify="left")
+    for info in METHODS.values():
+        table.add_row(_usage(info), info.class_name, info.summary)
+    console.print(table)
+    console.print("More about one of them: python -m lightning_eff explain NAME", highlight=False)
+
+
+def explain(console: Console, name: str) -> None:
+    """Print everything the row of a method says, then its card.
+
+    Raises:
+        UnknownMethodError: there is no such method; the nearest is named.
+    """
+    info = METHODS.get(name.lower().partition("+")[0])
+    if info is None:
+        raise UnknownMethodError(f"No method {name!r}.{nearest(name.lower(), METHODS)} Known: {', '.join(METHODS)}.")
+    table = Table.grid(padding=(0, 2))
+    for label, value in _facts(info):
+        table.add_row(label, value)
+    console.print(table)
+    card = Path(__file__).parent / "cards" / f"{info.name}.md"
+    if card.is_file():
+        console.print(Markdown(card.read_text(encoding="utf-8")))
+
+
+def _facts(info: MethodInfo) -> list[tuple[str, str]]:
+    return [
+        ("method", f"{info.name}: {info.summary}"),
+        ("write", _usage(info)),
+        ("strings", ", ".join(info.strings) if info.kind != "callback" else "none"),
+        (
+            "class",
+            f"lightning_eff.{_folder(info)}.{info.class_name}, lightning_eff.pytorch_lightning.{info.class_name}",
+        ),
+        ("strategies", ", ".join(info.strategies) or "any"),
+        *(("refused", f"{what}: {why}") for what, why in info.conflicts.items()),
+        *(("logged", f"{key}: {meaning}") for key, meaning in info.metrics.items()),
+        ("in checkpoints", ", ".join(info.state_keys) or "nothing"),
+        ("paper", info.paper),
+    ]
+
+
+def _folder(info: MethodInfo) -> str:
+    return {"precision": "precision", "strategy": "strategies", "callback": "callbacks"}[info.kind]
+
+
+def _usage(info: MethodInfo) -> str:
+    return f"callbacks=[{info.class_name}()]" if info.kind == "callback" else f'{info.kind}="{info.name}"'
+
+
+def doctor(console: Console) -> None:
+    """Print what this machine has: versions, whether each Lightning knows the strings, which fast paths run."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        table.add_row(package, _version(package))
+    for root, state in status().items():
+        table.add_row(f"strings in {root}", state)
+    for what, state in importlib.import_module("lightning_eff.kernels").describe().items():
+        table.add_row(what, state)
+    console.print(table)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lightning_eff", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("list", help="the methods, one line each")
+    commands.add_parser("explain", help="all that is known about one method").add_argument("method")
+    commands.add_parser("doctor", help="versions, Lightning namespaces and fast paths on this machine")
+    run = commands.add_parser("run", help="run a script with the strings registered, nothing in it changed")
+    run.add_argument("-m", dest="as_module", action="store_true", help="the target is a module, as in python -m")
+    run.add_argument("target", help="script (or module with -m)")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the script")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    options = _parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        if options.command == "run":
+            check_target(options.target, as_module=options.as_module)
+        elif options.command == "list":
+            list_methods(console)
+        elif options.command == "explain":
+            explain(console, options.method)
+        else:
+            doctor(console)
+    except EffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.command == "run":  # outside the handler: the script's own errors keep their traceback
+        run_script(options.target, options.arguments, as_module=options.as_module)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Callbacks for ``lightning.pytorch``; :mod:`lightning_eff.pytorch_lightning` has those of the other package.
+
+The classes are made from Lightning-free mixins when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_eff.integration.namespaces import class_getter, public_shells
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+
+    from lightning_eff.callbacks.low_precision import LowPrecisionMixin
+
+    class LowPrecision(LowPrecisionMixin, Callback):
+        """Puts a low-precision method onto whatever precision plugin the Trainer has; needs no string."""
+
+
+__all__ = ["LowPrecision"]
+
+_get = class_getter(__name__, "lightning.pytorch", public_shells("callback"))
+
+
+def __getattr__(name: str) -> Any:
+    return _get(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

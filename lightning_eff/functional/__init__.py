@@ -1,0 +1,36 @@
+"""The mathematics of every method: tensors in, tensors out. Reads like the papers; imports no Lightning."""
+
+from lightning_eff.functional.formats import Codes, pack_int4, unpack_int4
+from lightning_eff.functional.luq import (
+    GRADIENT_ROUNDINGS,
+    fnt_learning_rate,
+    hindsight_max,
+    luq_codes,
+    luq_quantize,
+    luq_scale,
+    smp_quantize,
+)
+from lightning_eff.functional.random import draw_seed, uniform_bits
+from lightning_eff.functional.sawb import sawb_codes, sawb_quantize, sawb_scale
+from lightning_eff.functional.statistics import saturated_share, sqnr_db, zero_share
+
+__all__ = [
+    "GRADIENT_ROUNDINGS",
+    "Codes",
+    "draw_seed",
+    "fnt_learning_rate",
+    "hindsight_max",
+    "luq_codes",
+    "luq_quantize",
+    "luq_scale",
+    "pack_int4",
+    "saturated_share",
+    "sawb_codes",
+    "sawb_quantize",
+    "sawb_scale",
+    "smp_quantize",
+    "sqnr_db",
+    "uniform_bits",
+    "unpack_int4",
+    "zero_share",
+]

@@ -1,0 +1,1 @@
+"""The only code that knows Lightning's private parts: per-namespace classes, the graft, the lazy patches, the CLI."""

@@ -1,0 +1,127 @@
+"""Products of integer codes: exact int8 GEMMs with int32 accumulation, or the same sums in float32.
+
+INT4 codes (-7..7 or 0..15) and FP4 codes in units of alpha (0, ±1 .. ±64) are exact in int8, so all three products of
+a training step run on the int8 units of the machine through ``torch._int_mm``. Where there are none, codes are
+widened to float32: the sums are the same integers as long as they stay below 2^24, which :func:`code_product`
+guarantees by splitting long sums.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from lightning_eff.functional.formats import Codes
+from lightning_eff.kernels.build import library
+from lightning_eff.kernels.quantize import TYPES
+
+LARGEST_TERM = 15 * 128
+"""Largest magnitude of one term: an unsigned INT4 code times the top FP4 code of ``levels=8``."""
+_INT32_TERMS = 2**31 // LARGEST_TERM
+_FLOAT32_TERMS = 2**24 // LARGEST_TERM
+
+
+class _Scratch(threading.local):
+    """Grow-only buffers reused by every layer: fresh large temporaries cost more in page faults than the arithmetic."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
+        buffer = self.buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < numel:
+            buffer = self.buffers[name, dtype] = torch.empty(numel, dtype=dtype)
+        return buffer[:numel]
+
+
+scratch = _Scratch()
+
+
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """int8 (M, K) x int8 (K, N) -> int32 (M, N); CUDA's shape rules are met by padding with zeros."""
+    if a.device.type != "cuda":
+        out = scratch("product", a.shape[0] * b.shape[1], torch.int32).view(a.shape[0], b.shape[1])
+        return torch._int_mm(a, b, out=out)
+    (m, k), n = a.shape, b.shape[1]
+    a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
+    b = torch.nn.functional.pad(b, (0, -n % 8, 0, -k % 8))
+    return torch._int_mm(a.contiguous(), b)[:m, :n]
+
+
+def _widened(name: str, codes: Tensor) -> Tensor:
+    if codes.device.type != "cpu":
+        return codes.to(torch.float32)
+    wide = scratch(name, codes.numel(), torch.float32)
+    if codes.is_contiguous():
+        return wide.view(codes.shape).copy_(codes)
+    return wide.view(codes.shape[::-1]).copy_(codes.t()).t()
+
+
+def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
+    """Exact product of integer codes.
+
+    Args:
+        a: (M, K) int8 (int16 for codes beyond int8: never native).
+        b: (K, N) likewise.
+        native: use the int8 units.
+
+    Returns:
+        (M, N): int32, or float32 holding integers. A buffer that the next call overwrites.
+    """
+    if a.shape[1] == 0 or a.numel() == 0 or b.numel() == 0:
+        return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
+    if native and a.dtype == b.dtype == torch.int8:
+        return _int_mm(a, b)
+    if a.shape[1] <= _FLOAT32_TERMS:
+        return torch.mm(_widened("left", a), _widened("right", b))
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
+    for left, right in zip(a.split(_FLOAT32_TERMS, 1), b.split(_FLOAT32_TERMS, 0), strict=True):
+        total += torch.mm(left.to(torch.float32), right.to(torch.float32)).to(torch.int32)
+    return total
+
+
+def rescale(
+    acc: Tensor, a: Tensor, b: Tensor, *, factor: float = 1.0, bias: Tensor | None = None, dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``acc * (a * b * factor) + bias`` in one pass.
+
+    Args:
+        acc: (M, N) int32 or float32 sums.
+        a: 0-d float32 scale of the left codes.
+        b: 0-d float32 scale of the right codes.
+        factor: constant, 1/N of SMP-N for instance.
+        bias: (N,) or ``None``.
+        dtype: of the result; float32 and bfloat16 have a kernel.
+        out: contiguous (M, N) tensor of ``dtype`` to write to.
+    """
+    kernels = library() if acc.device.type == "cpu" and dtype in TYPES else None
+    if kernels is None:
+        result = acc.to(torch.float32) * (a * b * factor)
+        result = result if bias is None else result + bias.to(torch.float32)
+        return result.to(dtype) if out is None else out.copy_(result)
+    acc = acc.contiguous()
+    rows, columns = acc.shape
+    out = torch.empty(rows, columns, dtype=dtype) if out is None else out
+    bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+    kernels.eff_scale(
+        acc.data_ptr(), int(acc.dtype == torch.int32), rows, columns, a.data_ptr(), b.data_ptr(), factor,
+        None if bias is None else bias.data_ptr(), out.data_ptr(), TYPES[dtype], columns, torch.get_num_threads(),
+    )
+    return out
+
+
+def scaled_product(
+    a: Codes, b: Codes, *, native: bool, factor: float = 1.0, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``(a.codes @ b.codes) * (a.scale * b.scale * factor) + bias``, codes (M, K) and (K, N), result (M, N)."""
+    if a.codes.shape[1] > _INT32_TERMS:
+        half = a.codes.shape[1] // 2
+        parts = ((a.codes[:, :half], b.codes[:half], bias), (a.codes[:, half:], b.codes[half:], None))
+        return sum(
+            scaled_product(Codes(left, a.scale), Codes(right, b.scale), native=native, factor=factor, bias=bias_, dtype=dtype)
+            for left, right, bias_ in parts
+        )
+    return rescale(code_product(a.codes, b.codes, native=native), a.scale, b.scale, factor=factor, bias=bias, dtype=dtype)

@@ -1,0 +1,293 @@
+// Quantisers, packing and epilogues for the CPU. Plain C interface, no torch headers: compiles in seconds.
+//
+// Every function processes blocks of BLOCK elements, so results do not depend on the number of threads. The random
+// bits and every rounding decision are those of lightning_eff/functional (same hash, same comparisons): a test holds
+// both equal bit for bit. Compile with -ffp-contract=off.
+//
+// Element types of inputs: 0 = float32, 1 = bfloat16.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t BLOCK = 2048;       // elements per block, and per row of the random stream
+constexpr int64_t PARALLEL = 32768;   // fewer elements than this stay on one thread
+constexpr int32_t MAGNITUDE = 0x7FFFFFFF;
+constexpr float TINY = 1.17549435e-38f;  // smallest normal float32
+
+using std::int64_t;
+
+inline int32_t as_int(float x) { int32_t i; std::memcpy(&i, &x, 4); return i; }
+inline float as_float(int32_t i) { float x; std::memcpy(&x, &i, 4); return x; }
+
+// Pointer to block `b` of an input as float32; bfloat16 is widened into `buffer`.
+inline const float* block_of(const void* x, int type, int64_t begin, int64_t count, float* buffer) {
+    if (type == 0) return static_cast<const float*>(x) + begin;
+    const uint16_t* h = static_cast<const uint16_t*>(x) + begin;
+    for (int64_t j = 0; j < count; ++j) buffer[j] = as_float(static_cast<int32_t>(static_cast<uint32_t>(h[j]) << 16));
+    return buffer;
+}
+
+inline uint32_t mix(uint32_t h) {  // lowbias32 (C. Wellons), a bijection with low avalanche bias
+    h ^= h >> 16; h *= 0x7feb352du;
+    h ^= h >> 15; h *= 0x846ca68bu;
+    return h ^ (h >> 16);
+}
+
+inline uint32_t row_seed(uint64_t seed, int64_t row) {
+    return mix(mix(static_cast<uint32_t>(row) ^ static_cast<uint32_t>(seed)) + static_cast<uint32_t>(seed >> 32));
+}
+
+struct Moments { double abs = 0, square = 0, nonzero = 0; int32_t max_bits = 0; int32_t negative = 0; };
+
+Moments block_moments(const float* x, int64_t count) {
+    float abs = 0, square = 0; int32_t nonzero = 0, max_bits = 0, negative = 0;
+    #pragma omp simd reduction(+:abs, square, nonzero, negative) reduction(max:max_bits)
+    for (int64_t j = 0; j < count; ++j) {
+        const int32_t bits = as_int(x[j]), magnitude = bits & MAGNITUDE;
+        const float a = as_float(magnitude);
+        abs += a; square += a * a;
+        nonzero += magnitude != 0;
+        negative += x[j] < 0;
+        max_bits = std::max(max_bits, magnitude);
+    }
+    Moments m;
+    m.abs = abs; m.square = square; m.nonzero = nonzero; m.max_bits = max_bits; m.negative = negative != 0;
+    return m;
+}
+
+Moments moments(const void* x, int type, int64_t n, int threads) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    std::vector<Moments> partial(blocks);
+    #pragma omp parallel for num_threads(threads) if (n >= PARALLEL)
+    for (int64_t b = 0; b < blocks; ++b) {
+        float buffer[BLOCK];
+        const int64_t begin = b * BLOCK, count = std::min(BLOCK, n - begin);
+        partial[b] = block_moments(block_of(x, type, begin, count, buffer), count);
+    }
+    Moments total;
+    for (const Moments& p : partial) {
+        total.abs += p.abs; total.square += p.square; total.nonzero += p.nonzero;
+        total.max_bits = std::max(total.max_bits, p.max_bits); total.negative |= p.negative;
+    }
+    return total;
+}
+
+int32_t block_max_bits(const float* x, int64_t count) {
+    int32_t top = 0;
+    #pragma omp simd reduction(max:top)
+    for (int64_t j = 0; j < count; ++j) top = std::max(top, as_int(x[j]) & MAGNITUDE);
+    return top;
+}
+
+int32_t max_bits_of(const void* x, int type, int64_t n, int threads) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    int32_t result = 0;
+    #pragma omp parallel for num_threads(threads) reduction(max:result) if (n >= PARALLEL)
+    for (int64_t b = 0; b < blocks; ++b) {
+        float buffer[BLOCK];
+        const int64_t begin = b * BLOCK, count = std::min(BLOCK, n - begin);
+        result = std::max(result, block_max_bits(block_of(x, type, begin, count, buffer), count));
+    }
+    return result;
+}
+
+void pack_block(const int8_t* codes, uint8_t* packed, int64_t count) {
+    const int64_t pairs = count / 2;
+    for (int64_t j = 0; j < pairs; ++j) {
+        uint16_t two; std::memcpy(&two, codes + 2 * j, 2);
+        packed[j] = static_cast<uint8_t>((two & 0x0F) | ((two >> 4) & 0xF0));
+    }
+    if (count % 2) packed[pairs] = static_cast<uint8_t>(codes[count - 1] & 0x0F);
+}
+
+void luq_block(const float* x, int8_t* codes, int64_t count, float inverse, int32_t top_bits, uint32_t seed) {
+    constexpr int32_t ONE = 0x3F800000;
+    for (int64_t j = 0; j < count; ++j) {
+        const int32_t u = static_cast<int32_t>(mix(static_cast<uint32_t>(j) * 0x9E3779B9u + seed) >> 9);  // 23 bits
+        const float y = x[j] * inverse;
+        const int32_t bits = as_int(y), magnitude = bits & MAGNITUDE;
+        // |y| < 1: up to 1 with probability |y|.  |y| >= 1: up to the next power of two with probability mantissa/2^23.
+        const int32_t under = static_cast<float>(u) < as_float(magnitude) * 8388608.0f ? ONE : 0;
+        const int32_t power = (magnitude + (0x7FFFFF - u)) & 0x7F800000;
+        const int32_t level = std::min(magnitude < ONE ? under : power, top_bits);
+        const int32_t value = static_cast<int32_t>(as_float(level));
+        codes[j] = static_cast<int8_t>(bits < 0 ? -value : value);
+    }
+}
+
+template <class Out> struct Store;
+template <> struct Store<float> { static float from(float v) { return v; } };
+template <> struct Store<uint16_t> {  // bfloat16, round to nearest even; NaN stays NaN
+    static uint16_t from(float v) {
+        const uint32_t bits = static_cast<uint32_t>(as_int(v));
+        const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+        return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
+    }
+};
+
+template <class In, class Out>
+void scale_rows(const In* acc, int64_t rows, int64_t cols, float scale, const float* bias, Out* out, int64_t stride,
+                int threads) {
+    #pragma omp parallel for num_threads(threads) if (rows * cols >= PARALLEL)
+    for (int64_t r = 0; r < rows; ++r) {
+        const In* a = acc + r * cols; Out* o = out + r * stride;
+        if (bias) for (int64_t c = 0; c < cols; ++c) o[c] = Store<Out>::from(static_cast<float>(a[c]) * scale + bias[c]);
+        else for (int64_t c = 0; c < cols; ++c) o[c] = Store<Out>::from(static_cast<float>(a[c]) * scale);
+    }
+}
+
+float power_of_two_above(float alpha) {
+    int exponent; const float mantissa = std::frexp(alpha, &exponent);
+    return std::ldexp(1.0f, mantissa == 0.5f ? exponent - 1 : exponent);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Largest magnitude; NaN if any element is NaN.
+void eff_max_abs(const void* x, int type, int64_t n, float* result, int threads) {
+    *result = as_float(max_bits_of(x, type, n, threads));
+}
+
+// SAWB scale. unsigned_mode: 0 signed; 1 "mirror5" and 2 "reference", both only if no element is negative.
+// coefficients: {signed c1, c2, mirror5 c1, c2, reference c1, c2}. Writes scale, and 1 to *is_unsigned for codes 0..15.
+void eff_sawb_scale(const void* x, int type, int64_t n, int unsigned_mode, const float* coefficients, float* scale,
+                    int32_t* is_unsigned, int threads) {
+    const Moments m = moments(x, type, n, threads);
+    const bool positive = unsigned_mode != 0 && !m.negative && m.nonzero > 0;
+    const int row = positive ? unsigned_mode : 0;
+    const double count = row == 1 ? m.nonzero : static_cast<double>(n);
+    const float max_abs = as_float(m.max_bits);
+    float clip = 0.0f;
+    if (count > 0) clip = static_cast<float>(coefficients[2 * row] * std::sqrt(m.square / count) +
+                                             coefficients[2 * row + 1] * (m.abs / count));
+    if (clip <= 0.0f) clip = row == 2 ? max_abs / 2 : max_abs;
+    const float steps = row == 0 ? 7.0f : row == 1 ? 15.0f : 7.5f;
+    const float value = clip / steps;
+    *scale = std::isfinite(max_abs) ? std::max(value, TINY) : as_float(0x7FC00000);
+    *is_unsigned = positive;
+}
+
+// Codes round(x / scale) clamped to -7..7 or 0..15, and the same packed two to a byte (packed may be null).
+void eff_sawb_codes(const void* x, int type, int64_t n, const float* scale, int is_unsigned, int8_t* codes,
+                    uint8_t* packed, int threads) {
+    const float low = is_unsigned ? 0.0f : -7.0f, high = is_unsigned ? 15.0f : 7.0f;
+    const bool finite = std::isfinite(*scale);
+    const float inverse = finite ? 1.0f / *scale : 0.0f;
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    #pragma omp parallel for num_threads(threads) if (n >= PARALLEL)
+    for (int64_t b = 0; b < blocks; ++b) {
+        float buffer[BLOCK];
+        const int64_t begin = b * BLOCK, count = std::min(BLOCK, n - begin);
+        int8_t* c = codes + begin;
+        if (finite) {
+            const float* p = block_of(x, type, begin, count, buffer);
+            for (int64_t j = 0; j < count; ++j)
+                c[j] = static_cast<int8_t>(static_cast<int32_t>(std::rint(std::min(std::max(p[j] * inverse, low), high))));
+        } else std::memset(c, 0, count);
+        if (packed) pack_block(c, packed + begin / 2, count);
+    }
+}
+
+// alpha = max_abs * 2^-(levels-1), at least the smallest normal number, NaN when max_abs is not finite.
+void eff_luq_scale(const float* max_abs, int levels, int power_of_two, float* alpha) {
+    const float value = std::max(std::ldexp(*max_abs, 1 - levels), TINY);
+    *alpha = !std::isfinite(*max_abs) ? as_float(0x7FC00000) : power_of_two ? power_of_two_above(value) : value;
+}
+
+// LUQ codes 0, +-1, +-2, ... +-2^(levels-1); levels <= 7 so that a code fits int8. `observed` (may be null) receives
+// the true largest magnitude, measured in the same pass, for the in-hindsight estimate.
+void eff_luq_codes(const void* x, int type, int64_t n, const float* alpha, const float* max_abs, int levels,
+                   uint64_t seed, int8_t* codes, float* observed, int threads) {
+    const bool finite = std::isfinite(*alpha);
+    const float top = std::ldexp(1.0f, levels - 1);
+    float inverse = finite ? 1.0f / *alpha : 0.0f;
+    if (finite && *max_abs >= *alpha * top && *max_abs * inverse < top) inverse = std::nextafter(inverse, INFINITY);
+    const int32_t top_bits = as_int(top);
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    int32_t largest = 0;
+    #pragma omp parallel for num_threads(threads) reduction(max:largest) if (n >= PARALLEL)
+    for (int64_t b = 0; b < blocks; ++b) {
+        float buffer[BLOCK];
+        const int64_t begin = b * BLOCK, count = std::min(BLOCK, n - begin);
+        const float* p = block_of(x, type, begin, count, buffer);
+        if (observed) largest = std::max(largest, block_max_bits(p, count));
+        if (finite) luq_block(p, codes + begin, count, inverse, top_bits, row_seed(seed, b));
+        else std::memset(codes + begin, 0, count);
+    }
+    if (observed) *observed = as_float(largest);
+}
+
+// A hash of 64 evenly spaced words: tells at almost no cost whether a weight was written to behind autograd's back.
+uint64_t eff_fingerprint(const void* data, int64_t bytes) {
+    const auto* bytes_of = static_cast<const char*>(data);
+    const int64_t words = bytes / 4, step = std::max<int64_t>(words / 64, 1);
+    uint64_t hash = 1469598103934665603ull;
+    for (int64_t i = 0; i < words; i += step) {
+        uint32_t word; std::memcpy(&word, bytes_of + 4 * i, 4);
+        hash = (hash ^ word) * 1099511628211ull;
+    }
+    return hash;
+}
+
+// Two codes per byte -> int8. Low nibble first.
+void eff_unpack(const uint8_t* packed, int64_t n, int is_unsigned, int8_t* codes, int threads) {
+    const int64_t pairs = n / 2;
+    const int sign = is_unsigned ? 0 : 8;
+    #pragma omp parallel for num_threads(threads) if (n >= PARALLEL)
+    for (int64_t b = 0; b < (pairs + BLOCK - 1) / BLOCK; ++b) {
+        const int64_t end = std::min(pairs, (b + 1) * BLOCK);
+        for (int64_t j = b * BLOCK; j < end; ++j) {
+            const int lo = ((packed[j] & 0x0F) ^ sign) - sign, hi = ((packed[j] >> 4) ^ sign) - sign;
+            const uint16_t two = static_cast<uint16_t>((lo & 0xFF) | (hi << 8));
+            std::memcpy(codes + 2 * j, &two, 2);
+        }
+    }
+    if (n % 2) codes[n - 1] = static_cast<int8_t>(((packed[pairs] & 0x0F) ^ sign) - sign);
+}
+
+// out[r, c] = acc[r, c] * (*scale_a * *scale_b * factor) + bias[c]; rows of `out` are `stride` elements apart.
+// acc_type: 0 float32 (exact integers), 1 int32. out_type: 0 float32, 1 bfloat16.
+void eff_scale(const void* acc, int acc_type, int64_t rows, int64_t cols, const float* scale_a, const float* scale_b,
+               float factor, const float* bias, void* out, int out_type, int64_t stride, int threads) {
+    const float scale = *scale_a * *scale_b * factor;
+    const auto* ints = static_cast<const int32_t*>(acc); const auto* floats = static_cast<const float*>(acc);
+    auto* o32 = static_cast<float*>(out); auto* o16 = static_cast<uint16_t*>(out);
+    if (acc_type == 1 && out_type == 0) scale_rows(ints, rows, cols, scale, bias, o32, stride, threads);
+    else if (acc_type == 1) scale_rows(ints, rows, cols, scale, bias, o16, stride, threads);
+    else if (out_type == 0) scale_rows(floats, rows, cols, scale, bias, o32, stride, threads);
+    else scale_rows(floats, rows, cols, scale, bias, o16, stride, threads);
+}
+
+// Gather for convolution as a product:
+//   out[n, z, y, x, t, :] = src[n, z*step[0] + tap[0][t], y*step[1] + tap[1][t], x*step[2] + tap[2][t], :],
+// zero outside. src is (images, size[0], size[1], size[2], channels) int8, out (images, out_size..., taps, channels);
+// tap is (3, taps).
+void eff_gather(const int8_t* src, int64_t images, const int64_t* size, int64_t channels, const int64_t* out_size,
+                const int64_t* step, int64_t taps, const int64_t* tap, int8_t* out, int threads) {
+    const int64_t row_bytes = out_size[2] * taps * channels;
+    const int64_t rows = images * out_size[0] * out_size[1];
+    #pragma omp parallel for num_threads(threads) if (rows * row_bytes >= PARALLEL)
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t y = r % out_size[1], z = r / out_size[1] % out_size[0], n = r / out_size[1] / out_size[0];
+        for (int64_t t = 0; t < taps; ++t) {
+            const int64_t sz = z * step[0] + tap[t], sy = y * step[1] + tap[taps + t], dx = tap[2 * taps + t];
+            const bool inside = sz >= 0 && sz < size[0] && sy >= 0 && sy < size[1];
+            const int8_t* line = inside ? src + ((n * size[0] + sz) * size[1] + sy) * size[2] * channels : nullptr;
+            int8_t* o = out + r * row_bytes + t * channels;
+            for (int64_t x = 0; x < out_size[2]; ++x, o += taps * channels) {
+                const int64_t sx = x * step[2] + dx;
+                if (inside && sx >= 0 && sx < size[2]) std::memcpy(o, line + sx * channels, channels);
+                else std::memset(o, 0, channels);
+            }
+        }
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,97 @@
+"""One row per method: what is said about a method more than once is said here.
+
+The registry of strings, the compatibility check, ``python -m lightning_eff explain``, the documentation table and
+the test battery all read these rows. This module imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+__all__ = ["METHODS", "MethodInfo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo:
+    """What is known about one method before any of its code is imported.
+
+    Attributes:
+        name: the string a user writes, lower case.
+        kind: where the string goes: ``Trainer(precision=...)``, ``Trainer(strategy=...)`` or a callback.
+        class_name: the public class, found in ``lightning_eff.<kind>`` and ``lightning_eff.pytorch_lightning``.
+        shell: ``"module:Mixin"`` of the Lightning-free mixin the public classes are made from.
+        summary: one sentence for people.
+        paper: authors, title, venue, year, address.
+        composes_with: Lightning precisions allowed after ``+`` (``"luq4+bf16-mixed"``); the first is the default.
+        strategies: strategy families the method has been shown to work with.
+        conflicts: what is refused, with the reason.
+        state_keys: keys the method adds to its part of a checkpoint.
+        metrics: logged key -> meaning and unit.
+    """
+
+    name: str
+    kind: Literal["precision", "strategy", "callback"]
+    class_name: str
+    shell: str
+    summary: str
+    paper: str
+    composes_with: tuple[str, ...] = ()
+    strategies: tuple[str, ...] = ()
+    conflicts: Mapping[str, str] = field(default_factory=dict)
+    state_keys: tuple[str, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)
+
+    def load_shell(self) -> type[Any]:
+        """Import and return the mixin class."""
+        module, _, attribute = self.shell.partition(":")
+        shell: type[Any] = getattr(importlib.import_module(module), attribute)
+        return shell
+
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """Every string a user may write for this method.
+
+        Example:
+            >>> METHODS["luq4"].strings[:2]
+            ('luq4', 'luq4+32-true')
+        """
+        return (self.name, *(f"{self.name}+{other}" for other in self.composes_with))
+
+
+METHODS: Mapping[str, MethodInfo] = MappingProxyType(
+    {
+        info.name: info
+        for info in (
+            MethodInfo(
+                name="luq4",
+                kind="precision",
+                class_name="LUQPrecision",
+                shell="lightning_eff.precision.luq:LUQMixin",
+                summary="4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients.",
+                paper=(
+                    "Chmiel, Banner, Hoffer, Ben-Yaacov, Soudry: Accurate Neural Training with 4-bit Matrix "
+                    "Multiplications at Standard Formats. ICLR 2023. https://arxiv.org/abs/2112.10769"
+                ),
+                composes_with=("32-true", "bf16-mixed", "bf16-true"),
+                strategies=("single_device", "ddp"),
+                conflicts={
+                    "16-mixed": "the fp16 loss scaler hides non-finite gradients from the quantiser; use bf16-mixed",
+                    "16-true": "fp16 gradients underflow before they are quantised; use bf16-true",
+                    "fsdp": "not shown to work yet; use strategy='ddp'",
+                    "deepspeed": "not shown to work yet; use strategy='ddp'",
+                },
+                state_keys=("calls", "phase", "hindsight"),
+                metrics={
+                    "eff/luq4/weight_sqnr_db": "signal to quantisation noise of the INT4 weights, dB, mean over layers",
+                    "eff/luq4/input_sqnr_db": "signal to quantisation noise of the INT4 activations, dB, mean over layers",
+                    "eff/luq4/grad_zeros": "share of FP4 gradient codes that are zero, mean over layers",
+                    "eff/luq4/grad_saturated": "share of FP4 gradient codes at the top level, mean over layers",
+                },
+            ),
+        )
+    }
+)

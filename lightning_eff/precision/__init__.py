@@ -1,0 +1,32 @@
+"""Precision plugins for ``lightning.pytorch``; :mod:`lightning_eff.pytorch_lightning` has those of the other package.
+
+The classes are made from Lightning-free mixins when they are first asked for. Strings (``precision="luq4"``) need no
+import from here, and pick the right namespace and base class by themselves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_eff.integration.namespaces import class_getter, public_shells
+
+if TYPE_CHECKING:
+    from lightning.pytorch.plugins import Precision
+
+    from lightning_eff.precision.luq import LUQMixin
+
+    class LUQPrecision(LUQMixin, Precision):
+        """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
+
+
+__all__ = ["LUQPrecision"]
+
+_get = class_getter(__name__, "lightning.pytorch", public_shells("precision"))
+
+
+def __getattr__(name: str) -> Any:
+    return _get(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

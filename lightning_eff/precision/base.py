@@ -1,0 +1,226 @@
+"""What every precision plugin with quantised layers shares: conversion, its undoing, reports, guards, state.
+
+A mixin without Lightning: the public classes join it to the ``Precision`` class of whichever Lightning is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Generator
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor, nn
+
+from lightning_eff.errors import NoEffectWarning, NonFiniteGradientError
+from lightning_eff.integration.precision import check_strategy
+from lightning_eff.methods import MethodInfo
+from lightning_eff.precision.config import LUQConfig
+from lightning_eff.precision.convert import Conversion, convert
+from lightning_eff.precision.report import print_conversion
+from lightning_eff.precision.state import LayerState, SeedStream
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class QuantizedPrecisionMixin:
+    """Converts a model's layers when a run starts, converts them back when it ends.
+
+    Subclasses set ``info`` and ``formats`` and fill ``self.config`` in ``_configure``.
+    """
+
+    info: ClassVar[MethodInfo]
+    formats: ClassVar[tuple[str, str, str]]
+
+    config: LUQConfig
+
+    def _begin(self, config: LUQConfig) -> None:
+        self.config = config
+        self.seeds = SeedStream()
+        self.metrics: dict[str, float] = {}
+        self.weights_only = False
+        self._conversions: dict[int, tuple[nn.Module, Conversion]] = {}
+        self._loaded_hindsight: dict[str, list[float]] = {}
+        self._steps = 0
+        self._context = ""
+
+    # ------------------------------------------------------------------------------------------ conversion
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert the layers of ``module`` in place, once, and print what became of each."""
+        module = super().convert_module(module)  # type: ignore[misc]
+        trainer = getattr(module, "_trainer", None)
+        if trainer is not None:
+            check_strategy(self.info, trainer.strategy)
+        if id(module) not in self._conversions:
+            conversion = convert(module, self.config, self.seeds)
+            self._conversions[id(module)] = (module, conversion)
+            self._apply_state()
+            self._report(conversion, next(module.parameters(), torch.empty(0)).device)
+        return module
+
+    def _report(self, conversion: Conversion, device: torch.device) -> None:
+        if not conversion.states:
+            warnings.warn(
+                f"{self.info.name} converted no layer of this model, so it changes nothing: "
+                + "; ".join(f"{row.name or '(model)'} ({row.kind}): {row.reason}" for row in conversion.rows[:8]),
+                NoEffectWarning,
+                stacklevel=4,
+            )
+        elif _rank() == 0:
+            native = next(iter(conversion.states.values())).native(device)
+            products = "native int8" if native else "emulated in float32"
+            title = f"{self.info.name}: {len(conversion.states)} of {len(conversion.rows)} layers with weights converted"
+            print_conversion(conversion, title=title, formats=self.formats, products=products)
+
+    def states(self) -> dict[str, LayerState]:
+        """Layer name -> state, of every converted layer."""
+        return {name: state for _, conversion in self._conversions.values() for name, state in conversion.states.items()}
+
+    def saved_bytes(self) -> tuple[int, int]:
+        """Bytes the converted layers kept for backward in their last forward, and what float32 would have kept."""
+        pairs = [conversion.saved_bytes() for _, conversion in self._conversions.values()]
+        return sum(kept for kept, _ in pairs), sum(full for _, full in pairs)
+
+    def teardown(self) -> None:
+        """Give every layer its class back and say in one line what the method did."""
+        kept, full = self.saved_bytes()
+        if self._steps and full and _rank() == 0:
+            layers = sum(len(conversion.states) for _, conversion in self._conversions.values())
+            Console().print(
+                f"{self.info.name}: {layers} layers trained for {self._steps} steps; per forward they kept "
+                f"{kept / 2**20:.2f} MiB for backward instead of {full / 2**20:.2f} MiB in float32 ({kept / full:.3f}x)."
+            )
+        for _, conversion in self._conversions.values():
+            conversion.undo()
+        self._conversions, self._steps = {}, 0
+        super().teardown()  # type: ignore[misc]
+
+    # ------------------------------------------------------------------------------------------ steps
+
+    def _enter(self, context: str) -> None:
+        """Weights may be exchanged behind autograd's back between training and evaluation (EMA, SWA)."""
+        if context != self._context:
+            self._context = context
+            self._invalidate()
+
+    def _invalidate(self) -> None:
+        for state in self.states().values():
+            state.invalidate()
+
+    @contextlib.contextmanager
+    def train_step_context(self) -> Generator[None, None, None]:
+        """Context of a training step."""
+        self._enter("train")
+        with super().train_step_context():  # type: ignore[misc]
+            yield
+
+    @contextlib.contextmanager
+    def val_step_context(self) -> Generator[None, None, None]:
+        """Context of a validation step."""
+        self._enter("val")
+        with super().val_step_context():  # type: ignore[misc]
+            yield
+
+    def _after_closure(self, model: Any, optimizer: Any) -> None:
+        """Between backward and the optimizer (Trainer): check the gradients, publish sampled figures."""
+        self._check_finite(step=model.trainer.global_step)
+        self._publish(model.trainer)
+        super()._after_closure(model, optimizer)  # type: ignore[misc]
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the optimizer; weight codes are made anew afterwards."""
+        if not hasattr(super(), "_after_closure"):  # Fabric has no closure: gradients are ready now
+            self._check_finite(step=self._steps)
+        result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
+        self._steps += 1
+        every = self.config.measure_every_n_steps
+        for state in self.states().values():
+            state.invalidate()
+            state.measure = every > 0 and self._steps % every == 0
+        return result
+
+    def _check_finite(self, step: int) -> None:
+        """Stop a non-finite gradient before it reaches a parameter, on every rank alike.
+
+        One broken element makes the scale NaN and with it the layer's whole weight gradient, so one element of each
+        tells; gradients are already reduced here, so all ranks see the same.
+        """
+        names, firsts = [], []
+        for owner, conversion in self._conversions.values():
+            for name in conversion.states:
+                for key, parameter in owner.get_submodule(name).named_parameters():
+                    if parameter.grad is not None and parameter.grad.numel():
+                        names.append(f"{name}.{key}")
+                        firsts.append(parameter.grad.detach().as_strided((), ()).float())
+        if not firsts or bool(torch.isfinite(torch.stack(firsts)).all()):
+            return
+        broken = [name for name, first in zip(names, firsts, strict=True) if not bool(torch.isfinite(first))]
+        message = (
+            f"{self.info.name}: the gradient is NaN or Inf at optimizer step {step} (rank {_rank()}) in "
+            f"{len(broken)} of {len(names)} parameters: {', '.join(broken[:8])}{' ...' if len(broken) > 8 else ''}. "
+        )
+        if self.config.on_nonfinite == "raise":
+            raise NonFiniteGradientError(
+                message + "No parameter was changed in this step. Lower the learning rate or clip gradients; "
+                "torch.autograd.set_detect_anomaly(True) names the operation; on_nonfinite='warn' goes on regardless."
+            )
+        warnings.warn(message + "The optimizer step goes on as asked.", RuntimeWarning, stacklevel=2)
+
+    def _publish(self, trainer: Any) -> None:
+        """Log the figures of a sampled step, the mean over layers."""
+        collected: dict[str, list[Tensor]] = {}
+        for state in self.states().values():
+            for key, value in state.metrics.items():
+                collected.setdefault(f"eff/{self.info.name}/{key}", []).append(value.detach().float().cpu())
+            state.metrics = {}
+        if collected:
+            self.metrics = {key: float(torch.stack(values).mean()) for key, values in collected.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(self.metrics, step=trainer.global_step)
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings alone: the rounding stream, the phase, the in-hindsight maxima of each rank."""
+        maxima = {name: self._over_ranks(state.hindsight) for name, state in self.states().items()}
+        return {
+            **super().state_dict(),  # type: ignore[misc]
+            "seed": self.seeds.seed,
+            "calls": self.seeds.calls,
+            "phase": "weights_only" if self.weights_only else "quantized",
+            "hindsight": maxima if self.config.hindsight is not None else {},
+        }
+
+    @staticmethod
+    def _over_ranks(value: Tensor) -> list[float]:
+        if not (dist.is_available() and dist.is_initialized()):
+            return [float(value)]
+        parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, value.contiguous())
+        return [float(part) for part in parts]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the rounding stream, the phase and the maxima."""
+        state_dict = dict(state_dict)
+        self.seeds.seed, self.seeds.calls = state_dict.pop("seed"), state_dict.pop("calls")
+        self.weights_only = state_dict.pop("phase") == "weights_only"
+        self._loaded_hindsight = state_dict.pop("hindsight")
+        self._apply_state()
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+
+    def _apply_state(self) -> None:
+        for name, state in self.states().items():
+            state.weights_only = self.weights_only
+            if values := self._loaded_hindsight.get(name):
+                state.hindsight = torch.tensor(values[_rank()] if _rank() < len(values) else max(values))
+
+    def begin_fine_tuning(self) -> None:
+        """From now on only the weights are quantised; inputs, gradients and products are in high precision."""
+        self.weights_only = True
+        self._apply_state()

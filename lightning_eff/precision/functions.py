@@ -1,0 +1,194 @@
+"""The quantised linear map and convolution: one forward and one backward each, for eager mode and for torch.compile.
+
+    y  = Q(x) . Q(w) + b        INT4 x INT4
+    dx = Q(dy) . Q(w)           FP4 x INT4
+    dw = Q(dy)^T . Q(x)         FP4 x INT4, mean over the samples of SMP-N
+
+Kept for backward: the packed INT4 codes of x with their scale. The bias gradient is the exact sum of dy. Gradients pass
+the INT4 quantisers unchanged (straight-through).
+
+In eager mode an ``autograd.Function`` runs the products. While torch.compile traces, the same code is reached through
+opaque operators of the ``lightning_eff`` namespace, so a compiled submodule has no graph break.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_eff.functional.formats import Codes
+from lightning_eff.kernels.convolution import Geometry, Triple, conv_forward, conv_input_grad, conv_weight_grad
+from lightning_eff.kernels.products import code_product, rescale, scaled_product
+from lightning_eff.precision.state import LayerState, SavedInput, state_of
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------- linear
+
+
+def linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, *, save: bool, cached: bool = True
+) -> tuple[Tensor, SavedInput | None, Codes]:
+    """``x`` (..., I), ``weight`` (O, I) -> output (..., O), what backward needs of x, and the weight's codes."""
+    dtype = _result_dtype(x)
+    with _no_autocast(x):
+        codes, saved = state.encode_input(x.reshape(-1, x.shape[-1]), save=save)
+        matrix = state.encode_weight(weight, cached=cached)
+        transposed = Codes(matrix.codes.t(), matrix.scale)
+        y = scaled_product(codes, transposed, native=state.native(x.device), bias=bias, dtype=dtype)
+    return y.view(*x.shape[:-1], weight.shape[0]), saved, matrix
+
+
+def linear_backward(
+    grad: Tensor, saved: SavedInput | None, weight: Codes, state: LayerState, x_dtype: torch.dtype, w_dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+) -> Grads:
+    """Gradients of input, weight and bias; ``None`` where not needed."""
+    outputs, inputs = weight.codes.shape
+    flat = grad.reshape(-1, outputs)
+    native = state.native(grad.device)
+    dx = dw = None
+    if needs[0] or needs[1]:
+        samples = state.encode_grad(flat)
+    if needs[0]:
+        dx = scaled_product(samples[0], weight, native=native, dtype=x_dtype).view(*grad.shape[:-1], inputs)
+    if needs[1] and saved is not None:
+        x = state.restore_input(saved, (flat.shape[0], inputs))
+        total = code_product(samples[0].codes.t(), x.codes, native=native)
+        for sample in samples[1:]:
+            total = total + code_product(sample.codes.t(), x.codes, native=native)
+        dw = rescale(total, samples[0].scale, x.scale, factor=1 / len(samples), dtype=w_dtype)
+    db = flat.sum(0, dtype=torch.float32).to(w_dtype) if needs[2] else None
+    return dx, dw, db
+
+
+class LinearFunction(torch.autograd.Function):
+    """Eager form of the quantised linear map."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, train: bool) -> Tensor:
+        """See :func:`linear_forward`; ``train`` is whether gradients are being recorded."""
+        y, saved, ctx.codes = linear_forward(x, weight, bias, state, save=train and weight.requires_grad)
+        ctx.state, ctx.dtypes = state, (x.dtype, weight.dtype)
+        ctx.save_for_backward(*(saved or ()))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See :func:`linear_backward`."""
+        saved = SavedInput(*ctx.saved_tensors) if ctx.saved_tensors else None
+        with _no_autocast(grad):
+            grads = linear_backward(grad, saved, ctx.codes, ctx.state, *ctx.dtypes, ctx.needs_input_grad[:3])
+        return *grads, None, None
+
+
+def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
+    """Quantised ``x @ weight.T + bias``; shapes as :func:`torch.nn.functional.linear`."""
+    if torch.compiler.is_compiling():
+        y: Tensor = torch.ops.lightning_eff.linear(x, weight, bias, state.handle, _result_dtype(x))[0]
+        return y
+    result: Tensor = LinearFunction.apply(x, weight, bias, state, torch.is_grad_enabled())
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------- convolution
+
+
+def _conv_weight(weight: Tensor) -> Tensor:
+    """(O, C, *kernel) -> (O, T, C)."""
+    return weight.detach().flatten(2).transpose(1, 2)
+
+
+def _to_last(x: Tensor) -> Tensor:
+    """(N, C, *space) -> contiguous (N, D, H, W, C), missing axes of size 1 in front."""
+    x = x.reshape(*x.shape[:2], *(1,) * (5 - x.dim()), *x.shape[2:])
+    return x.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def _to_first(x: Tensor, dims: int) -> Tensor:
+    """(N, D, H, W, C) -> (N, C, *space) with ``dims`` spatial axes, a view with channels-last strides."""
+    x = x.permute(0, 4, 1, 2, 3)
+    return x.reshape(*x.shape[:2], *x.shape[5 - dims :])
+
+
+def conv_forward_last(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, geometry: Geometry, *, save: bool, cached: bool = True
+) -> tuple[Tensor, SavedInput | None, Codes]:
+    """``x`` (N, C, *space), ``weight`` (O, C / groups, *kernel) -> output, what backward needs, weight codes (O, T, C)."""
+    dtype = _result_dtype(x)
+    with _no_autocast(x):
+        codes, saved = state.encode_input(_to_last(x), save=save)
+        flat = state.encode_weight(weight, cached=cached)
+        kernel = Codes(_conv_weight(flat.codes).contiguous(), flat.scale)
+        y = conv_forward(codes, kernel, geometry, native=state.native(x.device), bias=bias, dtype=dtype)
+    return _to_first(y, x.dim() - 2), saved, kernel
+
+
+def conv_backward_last(
+    grad: Tensor, saved: SavedInput | None, kernel: Codes, state: LayerState, geometry: Geometry, x_shape: torch.Size,
+    weight_shape: torch.Size, x_dtype: torch.dtype, w_dtype: torch.dtype, needs: tuple[bool, bool, bool],
+) -> Grads:
+    """Gradients of input, weight and bias; ``None`` where not needed."""
+    native, last = state.native(grad.device), _to_last(grad)
+    space: Triple = (*(1,) * (5 - len(x_shape)), *x_shape[2:])  # type: ignore[assignment]
+    dx = dw = None
+    if needs[0] or needs[1]:
+        samples = state.encode_grad(last)
+    if needs[0]:
+        dx = _to_first(conv_input_grad(samples[0], kernel, geometry, space, native=native, dtype=x_dtype), len(x_shape) - 2)
+    if needs[1] and saved is not None:
+        x = state.restore_input(saved, (x_shape[0], *space, x_shape[1]))
+        parts = [conv_weight_grad(s, x, geometry, native=native, factor=1 / len(samples), dtype=w_dtype) for s in samples]
+        dw = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)).transpose(1, 2).reshape(weight_shape)
+    db = last.flatten(0, 3).sum(0, dtype=torch.float32).to(w_dtype) if needs[2] else None
+    return dx, dw, db
+
+
+class ConvFunction(torch.autograd.Function):
+    """Eager form of the quantised convolution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, geometry: Geometry, train: bool
+    ) -> Tensor:
+        """See :func:`conv_forward_last`; ``train`` is whether gradients are being recorded."""
+        save = train and weight.requires_grad
+        y, saved, ctx.codes = conv_forward_last(x, weight, bias, state, geometry, save=save)
+        ctx.state, ctx.geometry, ctx.rest = state, geometry, (x.shape, weight.shape, x.dtype, weight.dtype)
+        ctx.save_for_backward(*(saved or ()))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """See :func:`conv_backward_last`."""
+        saved = SavedInput(*ctx.saved_tensors) if ctx.saved_tensors else None
+        with _no_autocast(grad):
+            grads = conv_backward_last(grad, saved, ctx.codes, ctx.state, ctx.geometry, *ctx.rest, ctx.needs_input_grad[:3])
+        return *grads, None, None, None
+
+
+def quantized_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, geometry: Geometry) -> Tensor:
+    """Quantised convolution of a batched ``x`` (N, C, *space); zero padding only."""
+    if torch.compiler.is_compiling():
+        numbers = [*geometry.kernel, *geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
+        y: Tensor = torch.ops.lightning_eff.conv(x, weight, bias, state.handle, numbers, _result_dtype(x))[0]
+        return y
+    result: Tensor = ConvFunction.apply(x, weight, bias, state, geometry, torch.is_grad_enabled())
+    return result

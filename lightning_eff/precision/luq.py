@@ -1,0 +1,84 @@
+"""``precision="luq4"``: 4-bit training by logarithmic unbiased quantisation.
+
+References:
+    Chmiel, Banner, Hoffer, Ben-Yaacov, Soudry, Accurate Neural Training with 4-bit Matrix Multiplications at Standard
+    Formats, ICLR 2023, arXiv:2112.10769.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from lightning_eff.functional.luq import Rounding
+from lightning_eff.functional.sawb import Unsigned
+from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.precision.base import QuantizedPrecisionMixin
+from lightning_eff.precision.config import LUQConfig, OnNonFinite, Products
+
+
+class LUQMixin(QuantizedPrecisionMixin):
+    """4-bit training: INT4 weights and activations (SAWB), logarithmic unbiased FP4 gradients (LUQ).
+
+    All three products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D run on 4-bit operands: as
+    exact int8 products where the machine has them, with the same numbers in float32 elsewhere. Inputs are kept for
+    backward as packed INT4, an eighth of float32. Master weights, optimizer, normalisation and softmax stay as they are.
+
+    Args:
+        levels: magnitudes of the gradient format; 7 is what four bits hold, 8 is the published code (never native).
+        samples: N of SMP-N, independent gradient samples averaged in the weight gradient; 2 in the paper.
+        unsigned: codes 0..15 for inputs without negative elements (after ReLU): ``"mirror5"``, ``"reference"`` or
+            ``False``.
+        hindsight: momentum of the in-hindsight maximum, 0 <= hindsight < 1; ``None`` measures the maximum each time.
+        power_of_two: round the gradient's scale up to a power of two.
+        gradient_rounding: ``"luq"``; ``"no_underflow"``, ``"no_log_rounding"`` and ``"nearest"`` are biased ablations.
+        exempt: name patterns (``"*.head"``) of layers to leave in high precision.
+        exempt_first_last: leave the first and the last layer in high precision (an embedding counts as the first).
+        products: ``"auto"`` (measured once per machine), ``"native"`` int8 or ``"emulated"``.
+        measure_every_n_steps: log the ``eff/luq4/*`` figures every n optimizer steps; 0 never.
+        on_nonfinite: ``"raise"`` before a NaN or Inf gradient reaches a parameter, or ``"warn"``.
+
+    Raises:
+        ConfigurationError: an option is outside its range.
+
+    State: ``seed``, ``calls``, ``phase``, ``hindsight`` under the class name in the checkpoint.
+    Randomness: gradient rounding hashes (``torch.initial_seed()``, a counter, the rank); torch's generators are not
+    touched.
+    """
+
+    info: ClassVar[MethodInfo] = METHODS["luq4"]
+    formats: ClassVar[tuple[str, str, str]] = ("INT4 SAWB", "INT4 SAWB", "FP4 LUQ")
+
+    def __init__(
+        self,
+        *,
+        levels: int = 7,
+        samples: int = 1,
+        unsigned: Unsigned = "mirror5",
+        hindsight: float | None = None,
+        power_of_two: bool = False,
+        gradient_rounding: Rounding = "luq",
+        exempt: Sequence[str] = (),
+        exempt_first_last: bool = True,
+        products: Products = "auto",
+        measure_every_n_steps: int = 0,
+        on_nonfinite: OnNonFinite = "raise",
+    ) -> None:
+        super().__init__()
+        self._eff_init(
+            levels=levels,
+            samples=samples,
+            unsigned=unsigned,
+            hindsight=hindsight,
+            power_of_two=power_of_two,
+            gradient_rounding=gradient_rounding,
+            exempt=exempt,
+            exempt_first_last=exempt_first_last,
+            products=products,
+            measure_every_n_steps=measure_every_n_steps,
+            on_nonfinite=on_nonfinite,
+        )
+
+    def _eff_init(self, **options: Any) -> None:
+        """Set up after construction, or after a graft onto a plugin Lightning made."""
+        self._begin(LUQConfig(**options))

@@ -1,0 +1,189 @@
+"""Opaque operators for torch.compile: ``lightning_eff::linear``, ``conv`` and their backwards.
+
+A compiled graph carries tensors alone, so a layer's state travels as a 0-d handle tensor. Weights are quantised in
+every call here: an operator must not hand out a cached tensor that the compiler believes it owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_eff.functional.formats import Codes
+from lightning_eff.kernels.convolution import Geometry
+from lightning_eff.precision import functions
+from lightning_eff.precision.state import SavedInput, state_of
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _geometry(numbers: Sequence[int]) -> Geometry:
+    kernel, stride, padding, dilation = (tuple(numbers[i : i + 3]) for i in (0, 3, 6, 9))
+    return Geometry(kernel, stride, padding, dilation, numbers[12])  # type: ignore[arg-type]
+
+
+def _outputs(y: Tensor, saved: SavedInput | None, weight: Codes, dtype: torch.dtype) -> Outputs:
+    if saved is None:  # pragma: no cover - save=True always returns the codes
+        raise RuntimeError("internal error: the input was not saved")
+    return y.to(dtype), saved.packed, saved.scale, weight.codes.clone(), weight.scale.clone()
+
+
+def _fake_outputs(y: Tensor, x: Tensor, weight_shape: Sequence[int]) -> Outputs:
+    packed = x.new_empty(((x.numel() + 1) // 2,), dtype=torch.uint8)
+    scale = x.new_empty((2,), dtype=torch.float32)
+    return y, packed, scale, x.new_empty(weight_shape, dtype=torch.int8), x.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("lightning_eff::linear", mutates_args=())
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Quantised linear map: output, packed input, (scale, unsigned), weight codes, weight scale."""
+    y, saved, codes = functions.linear_forward(x, weight, bias, state_of(handle), save=True, cached=False)
+    return _outputs(y, saved, codes, dtype)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, dtype: torch.dtype) -> Outputs:
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+    return _fake_outputs(y, x, weight.shape)
+
+
+@torch.library.custom_op("lightning_eff::linear_backward", mutates_args=())
+def linear_backward(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    code_scale: Tensor,
+    handle: Tensor,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias."""
+    saved, weight = SavedInput(packed, scale), Codes(codes, code_scale)
+    needs = (True, True, True)
+    return _all(functions.linear_backward(grad, saved, weight, state_of(handle), x_dtype, w_dtype, needs))
+
+
+@linear_backward.register_fake
+def _(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    code_scale: Tensor,
+    handle: Tensor,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs, inputs = codes.shape
+    dx = grad.new_empty((*grad.shape[:-1], inputs), dtype=x_dtype)
+    return dx, grad.new_empty((outputs, inputs), dtype=w_dtype), grad.new_empty((outputs,), dtype=w_dtype)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    x, weight, bias, handle, _ = inputs
+    ctx.save_for_backward(*output[1:], handle)
+    ctx.dtypes, ctx.has_bias = (x.dtype, weight.dtype), bias is not None
+
+
+def _linear_grads(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dw, db = torch.ops.lightning_eff.linear_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.dtypes)
+    return dx, dw, db if ctx.has_bias else None, None, None
+
+
+linear.register_autograd(_linear_grads, setup_context=_linear_setup)
+
+
+@torch.library.custom_op("lightning_eff::conv", mutates_args=())
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, geometry: Sequence[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Quantised convolution: output, packed input, (scale, unsigned), weight codes (O, T, C), weight scale."""
+    y, saved, codes = functions.conv_forward_last(
+        x, weight, bias, state_of(handle), _geometry(geometry), save=True, cached=False
+    )
+    return _outputs(y, saved, codes, dtype)
+
+
+def _channels_last(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty (N, C, *space) tensor with the strides the kernels produce."""
+    return x.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
+
+
+@conv.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, geometry: Sequence[int], dtype: torch.dtype
+) -> Outputs:
+    dims = x.dim() - 2
+    size = _geometry(geometry).out_size((*(1,) * (3 - dims), *x.shape[2:]))[3 - dims :]
+    y = _channels_last(x, (x.shape[0], weight.shape[0], *size), dtype)
+    return _fake_outputs(y, x, (weight.shape[0], weight[0, 0].numel(), weight.shape[1]))
+
+
+@torch.library.custom_op("lightning_eff::conv_backward", mutates_args=())
+def conv_backward(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    code_scale: Tensor,
+    handle: Tensor,
+    geometry: Sequence[int],
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias."""
+    saved, weight = SavedInput(packed, scale), Codes(codes, code_scale)
+    shapes = (torch.Size(x_shape), torch.Size(weight_shape))
+    state, needs = state_of(handle), (True, True, True)
+    dx, dw, db = _all(
+        functions.conv_backward_last(grad, saved, weight, state, _geometry(geometry), *shapes, x_dtype, w_dtype, needs)
+    )
+    return dx, dw.contiguous(), db
+
+
+@conv_backward.register_fake
+def _(
+    grad: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    code_scale: Tensor,
+    handle: Tensor,
+    geometry: Sequence[int],
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dw = grad.new_empty(weight_shape, dtype=w_dtype)
+    return _channels_last(grad, x_shape, x_dtype), dw, grad.new_empty((weight_shape[0],), dtype=w_dtype)
+
+
+def _all(grads: functions.Grads) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dw, db = grads
+    if dx is None or dw is None or db is None:  # every gradient was asked for
+        raise RuntimeError("internal error: a gradient is missing")
+    return dx, dw, db
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    x, weight, bias, handle, geometry, _ = inputs
+    ctx.save_for_backward(*output[1:], handle)
+    ctx.rest = (geometry, x.shape, weight.shape, x.dtype, weight.dtype)
+    ctx.has_bias = bias is not None
+
+
+def _conv_grads(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dw, db = torch.ops.lightning_eff.conv_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return dx, dw, db if ctx.has_bias else None, None, None, None
+
+
+conv.register_autograd(_conv_grads, setup_context=_conv_setup)

@@ -1,0 +1,37 @@
+"""The same plugins and callbacks, for projects on the standalone package ``pytorch_lightning``.
+
+Its classes and those of ``lightning.pytorch`` do not accept each other, so instances must come from the matching side:
+``from lightning_eff.pytorch_lightning import LUQPrecision``. Strings need no import from here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_eff.integration.namespaces import class_getter, public_shells
+
+if TYPE_CHECKING:
+    from pytorch_lightning.callbacks import Callback
+    from pytorch_lightning.plugins import Precision
+
+    from lightning_eff.callbacks.low_precision import LowPrecisionMixin
+    from lightning_eff.precision.luq import LUQMixin
+
+    class LUQPrecision(LUQMixin, Precision):
+        """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
+
+    class LowPrecision(LowPrecisionMixin, Callback):
+        """Puts a low-precision method onto whatever precision plugin the Trainer has; needs no string."""
+
+
+__all__ = ["LUQPrecision", "LowPrecision"]
+
+_get = class_getter(__name__, "pytorch_lightning", {**public_shells("precision"), **public_shells("callback")})
+
+
+def __getattr__(name: str) -> Any:
+    return _get(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The test battery; its folders mirror the package."""

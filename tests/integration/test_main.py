@@ -1,0 +1,74 @@
+"""``python -m lightning_eff list | explain | doctor``, and what ``run`` says before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_eff.__main__ import main
+from lightning_eff.methods import METHODS
+
+
+def test_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for info in METHODS.values():
+        assert info.class_name in out
+        assert info.summary in out
+    assert 'precision="luq4"' in out
+
+
+@pytest.mark.parametrize("name", ["luq4", "LUQ4", "luq4+bf16-mixed"])
+def test_explain_tells_what_the_row_and_the_card_say(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", name]) == 0
+    out = capsys.readouterr().out
+    info = METHODS["luq4"]
+    for said in (*info.strings, *info.conflicts.values(), *info.metrics, "arxiv.org/abs/2112.10769"):
+        assert said in out
+
+
+def test_explain_prints_the_card(capsys: pytest.CaptureFixture[str]) -> None:
+    card = Path(main.__code__.co_filename).parent / "cards" / "luq4.md"
+    main(["explain", "luq4"])
+    heading = next(line.lstrip("# ") for line in card.read_text().splitlines() if line.startswith("#"))
+    assert heading in capsys.readouterr().out
+
+
+def test_explain_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "luq5"]) == 2
+    assert "Did you mean 'luq4'?" in capsys.readouterr().err
+
+
+def test_doctor_reports_versions_namespaces_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_eff.kernels import describe
+
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for root in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
+        line = next(line for line in out.splitlines() if f"strings in {root} " in line)
+        assert line.rstrip().endswith("ready")
+    for what in (*describe(), "torch", "jsonargparse"):
+        assert what in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "no_such.py"], "There is no script 'no_such.py'"),
+        (["run", "-m", "no_such_module.train"], "There is no module 'no_such_module.train'"),
+    ],
+)
+def test_run_says_what_it_cannot_find(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "usage: python -m lightning_eff" in capsys.readouterr().err

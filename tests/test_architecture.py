@@ -1,0 +1,197 @@
+"""The arrows between the package's parts point one way; the style rules a linter cannot see hold."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "lightning_eff"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A part may import itself and the parts of lower levels. Parts of equal level are siblings and never meet.
+LEVELS = {
+    "errors": 0,
+    "methods": 1,
+    "functional": 2,
+    "kernels": 3,
+    "optim": 4,
+    "integration": 5,
+    "precision": 6,
+    "strategies": 6,
+    "callbacks": 6,
+    "compose": 7,
+    "plan": 8,
+    "testing": 9,
+    "_runner": 10,
+    "__main__": 11,
+}
+# The facades hold public names. They may import integration (which imports no Lightning by itself) when they are
+# imported, and everything else only inside functions, so that `import lightning_eff` stays light.
+FACADES = {"__init__", "pytorch_lightning"}
+FACADE_AT_IMPORT = {"errors", "methods", "integration"}
+# Parts that are tensors in, tensors out: what they may import besides the standard library and lower parts.
+PURE = {"functional": {"torch"}, "kernels": {"torch", "triton"}, "errors": set(), "methods": set()}
+MAX_LINES = 400
+
+
+def part_of(module: str) -> str:
+    """``lightning_eff.precision.luq`` is in the part ``precision``; the package itself is the facade ``__init__``."""
+    _, _, rest = module.partition(".")
+    return rest.split(".", maxsplit=1)[0] or "__init__"
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str, bool]]:
+    """Every imported module name and whether importing ``module`` imports it (False inside functions)."""
+    lazy = {id(child) for node in ast.walk(tree) if isinstance(node, _LAZY) for child in ast.walk(node)}
+    lazy |= {id(child) for node in ast.walk(tree) if _is_type_checking(node) for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        eager = id(node) not in lazy
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, eager) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = module.split(".")[: None if is_package and node.level == 1 else -node.level + is_package]
+                base = ".".join([*above, base]).rstrip(".")
+            if base == "lightning_eff":  # `from lightning_eff import errors` imports the part, not the facade
+                for alias in node.names:
+                    is_part = alias.name in LEVELS or alias.name in FACADES
+                    yield (f"lightning_eff.{alias.name}" if is_part else base), eager
+            else:
+                yield base, eager
+
+
+_LAZY = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def import_faults(source: str, module: str, *, is_package: bool = False) -> list[str]:
+    """What is wrong with the imports of one module's source."""
+    part = part_of(module)
+    faults = []
+    if part not in LEVELS and part not in FACADES:
+        faults.append(f"{module}: {part} is not one of the package's parts")
+    for name, eager in imported(ast.parse(source), module, is_package):
+        if name.split(".")[0] == "lightning_eff":
+            if not _may_import(part, part_of(name), eager):
+                faults.append(f"{module} imports {name}")
+        elif part in PURE:
+            top = name.split(".")[0]
+            if top not in PURE[part] and top not in sys.stdlib_module_names:
+                faults.append(f"{module} imports {name}")
+    return faults
+
+
+def _may_import(part: str, target: str, eager: bool) -> bool:
+    if part == target:
+        return True
+    if part in FACADES:
+        return target in FACADE_AT_IMPORT or not eager
+    if target in FACADES:  # only what stands above all parts may use the public names
+        return LEVELS.get(part, 0) >= LEVELS["compose"]
+    return LEVELS.get(target, 99) < LEVELS.get(part, 0)
+
+
+def style_faults(source: str, name: str) -> list[str]:
+    """Rules of the house that are about one file alone."""
+    tree = ast.parse(source)
+    faults = []
+    if source.strip() and not ast.get_docstring(tree):
+        faults.append(f"{name}: no module docstring")
+    if (lines := source.count("\n")) > MAX_LINES:
+        faults.append(f"{name}: {lines} lines, the limit is {MAX_LINES}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            faults.append(f"{name}:{node.lineno}: assert; raise a typed error")
+        if isinstance(node, ast.ExceptHandler) and _swallows(node):
+            faults.append(f"{name}:{node.lineno}: an exception is swallowed; name it and say why, or let it rise")
+    return faults
+
+
+def _swallows(handler: ast.ExceptHandler) -> bool:
+    broad = handler.type is None or (
+        isinstance(handler.type, ast.Name) and handler.type.id in ("Exception", "BaseException")
+    )
+    return broad and all(isinstance(node, (ast.Pass, ast.Continue)) for node in handler.body)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down_and_style_holds(file: Path) -> None:
+    source = file.read_text(encoding="utf-8")
+    faults = import_faults(source, module_name(file), is_package=file.name == "__init__.py")
+    assert faults + style_faults(source, file.name) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lightning_eff.functional.luq", "import lightning"),
+        ("lightning_eff.functional.luq", "import numpy as np"),
+        ("lightning_eff.functional.luq", "from lightning_eff.kernels import gemm"),
+        ("lightning_eff.functional.luq", "from ..precision import luq"),
+        ("lightning_eff.functional.luq", "def f():\n    import matplotlib"),
+        ("lightning_eff.kernels.gemm", "from lightning.pytorch import Trainer"),
+        ("lightning_eff.kernels.gemm", "from lightning_eff import LUQPrecision"),
+        ("lightning_eff.precision.luq", "from lightning_eff.callbacks.monitor import Monitor"),
+        ("lightning_eff.precision.luq", "from lightning_eff import strategies"),
+        ("lightning_eff.integration.registry", "def f():\n    from lightning_eff import precision"),
+        ("lightning_eff.plan", "import lightning_eff.testing"),
+        ("lightning_eff", "from lightning_eff.precision import LUQPrecision"),
+        ("lightning_eff.methods", "import torch"),
+        ("lightning_eff.helpers", "import os"),
+    ],
+)
+def test_the_checker_flags_a_bad_import(module: str, source: str) -> None:
+    assert import_faults(source, module) != []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lightning_eff.functional.luq", "import math\nimport torch\nfrom lightning_eff.functional import rounding"),
+        ("lightning_eff.functional.luq", "from . import rounding\nfrom ..errors import EffError"),
+        ("lightning_eff.kernels.gemm", "from lightning_eff.functional.luq import luq_codes"),
+        ("lightning_eff.precision.luq", "import lightning\nfrom lightning_eff import errors"),
+        ("lightning_eff.precision", "def __getattr__(name):\n    from lightning_eff import integration"),
+        ("lightning_eff", "from lightning_eff.integration import install"),
+        ("lightning_eff", "def __getattr__(name):\n    from lightning_eff.precision import LUQPrecision"),
+        ("lightning_eff.__main__", "import lightning_eff\nfrom lightning_eff import plan"),
+    ],
+)
+def test_the_checker_lets_a_good_import_pass(module: str, source: str) -> None:
+    assert import_faults(source, module) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = 1",
+        '"""Doc."""\nassert True',
+        '"""Doc."""\ntry:\n    x = 1\nexcept Exception:\n    pass',
+        '"""Doc."""\n' + "x = 1\n" * 400,
+    ],
+)
+def test_the_checker_flags_bad_style(source: str) -> None:
+    assert style_faults(source, "x.py") != []
+
+
+@pytest.mark.parametrize("module", ["lightning_eff.functional", "lightning_eff.kernels", "lightning_eff"])
+def test_importing_pulls_in_nothing_heavy(module: str) -> None:
+    heavy = ["lightning", "pytorch_lightning", "lightning_fabric", "hydra", "jsonargparse", "matplotlib", "deepspeed"]
+    code = f"import sys, {module}; print(*[name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
