@@ -13,8 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
+from benchmarks._measure import threads
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import spread
 from examples.common.compare import Task, quiet, train
@@ -104,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(options.variants.split(",")) - set(VARIANTS):
         parser.error(f"unknown variants {sorted(unknown)}; known: {', '.join(VARIANTS)}")
     quiet()
-    torch.set_num_threads(options.threads)
     report = Report("quality", ("task", "seeds", "mean", "worse than fp32, mean (min..max)"))
-    for name in options.task.split(","):
-        measure(report, name, options)
+    with threads(options.threads):
+        for name in options.task.split(","):
+            measure(report, name, options)
     return report.finish(options)
 
 

@@ -62,11 +62,12 @@ def text(options: argparse.Namespace) -> tuple[Task, dict[str, Any]]:
 
 def compare(task: Task, shown: dict[str, Any], seeds: int, options: argparse.Namespace, console: Console) -> Outcome:
     """Train every variant with every seed, then time the variants in turns."""
+    show = seeds > 1  # what luq4 says about the layers it converted, once
     runs: dict[str, list[Any]] = {variant: [] for variant in VARIANTS}
     for seed in range(seeds):
         for variant, arguments in VARIANTS.items():
             with console.status(f"{task.name}: {variant}, seed {seed}"):
-                runs[variant].append(train(task, arguments(), seed, show=seed == 0 and variant == "luq4"))
+                runs[variant].append(train(task, arguments(), seed, show=show and seed == 0 and variant == "luq4"))
     with console.status(f"{task.name}: timing"):
         step_s = step_seconds(task, VARIANTS, rounds=2 if options.fast else 5, steps=3 if options.fast else 10)
     return Outcome(task.name, runs=runs, step_s=step_s, **shown)

@@ -84,10 +84,10 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "fsdp": "not shown to work yet; use strategy='ddp'",
                     "deepspeed": "not shown to work yet; use strategy='ddp'",
                 },
-                state_keys=("calls", "phase", "hindsight"),
+                state_keys=("seed", "calls", "phase", "hindsight"),
                 metrics={
                     "eff/luq4/weight_sqnr_db": "signal to quantisation noise of the INT4 weights, dB, mean over layers",
-                    "eff/luq4/input_sqnr_db": "signal to quantisation noise of the INT4 activations, dB, mean over layers",
+                    "eff/luq4/input_sqnr_db": "signal to quantisation noise of the INT4 inputs, dB, mean over layers",
                     "eff/luq4/grad_zeros": "share of FP4 gradient codes that are zero, mean over layers",
                     "eff/luq4/grad_saturated": "share of FP4 gradient codes at the top level, mean over layers",
                 },

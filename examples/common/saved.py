@@ -53,9 +53,13 @@ def quantisable(model: nn.Module, *, exempt_first_last: bool = True) -> list[str
 
 
 def _is_weight_copy(tensor: Tensor, module: nn.Module) -> bool:
-    """Whether a saved tensor has the extents of the weight, in any order."""
-    weight = module.weight
-    return isinstance(weight, Tensor) and tensor.dim() > 1 and sorted(tensor.shape) == sorted(weight.shape)
+    """Whether a saved tensor holds the weight's values, transposed or not, up to a cast to bfloat16."""
+    weight: Tensor = module.weight.detach()
+    forms = [weight, weight.t()] if weight.dim() == 2 else [weight]
+    return any(
+        tensor.shape == form.shape and torch.allclose(tensor.detach().float(), form.float(), rtol=2**-7)
+        for form in forms
+    )
 
 
 class _Counter:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -16,6 +17,7 @@ from examples.common.compare import Run
 __all__ = ["Outcome", "figure", "outcome_table", "verdict"]
 
 BASE = "fp32"
+SHOWN = 0.01  # metrics are printed with two decimals
 
 
 @dataclass(frozen=True)
@@ -63,36 +65,42 @@ class Outcome:
 
 
 def outcome_table(outcome: Outcome) -> Table:
-    """Return one row per variant, 80 columns wide."""
-    title = f"{outcome.title}: {outcome.quality} after {len(outcome.runs[BASE][0].losses)} steps"
-    caption = (
-        "kept: bytes for the backward pass / fp32; layers: activations of the layers that luq4 quantises; "
-        "model: everything but the parameters"
-    )
-    table = Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("precision", no_wrap=True)
-    for header in ("mean", "min..max", "worse", "ms/step", "time / fp32", "kept: layers", "model"):
-        table.add_column(header, justify="right", no_wrap=True)
+    """Return one column per variant, 80 characters wide."""
+    steps = len(outcome.runs[BASE][0].losses)
+    table = Table(title=f"{outcome.title}, {steps} steps", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
     for variant in outcome.runs:
-        values = outcome.metrics(variant)
-        median, low, high = outcome.time_ratio(variant)
-        table.add_row(
-            variant,
-            f"{statistics.mean(values):.2f}",
-            f"{min(values):.2f}..{max(values):.2f}" if len(values) > 1 else "1 seed",
-            "" if variant == BASE else f"{outcome.gap(variant):+.2f}",
-            f"{1000 * statistics.median(outcome.step_s[variant]):.1f}",
-            "" if variant == BASE else f"{median:.2f} ({low:.2f}..{high:.2f})",
-            *(f"{kept:.2f}" for kept in outcome.memory_ratios(variant)),
-        )
+        table.add_column(variant, justify="right", no_wrap=True)
+    for label, cell in _cells(outcome).items():
+        table.add_row(label, *(cell(variant) for variant in outcome.runs))
     return table
+
+
+def _cells(outcome: Outcome) -> dict[str, Callable[[str], str]]:
+    """Return row label -> what stands in the column of a variant."""
+
+    def only_ours(text: Callable[[str], str]) -> Callable[[str], str]:
+        return lambda variant: "" if variant == BASE else text(variant)
+
+    def seeds(variant: str) -> str:
+        values = outcome.metrics(variant)
+        return f"{min(values):.1f}..{max(values):.1f}" if len(values) > 1 else "1 seed"
+
+    def low_high(variant: str) -> str:
+        _, low, high = outcome.time_ratio(variant)
+        return f"{low:.2f}..{high:.2f}"
+
+    return {
+        outcome.quality: lambda variant: f"{statistics.mean(outcome.metrics(variant)):.2f}",
+        "  min..max over seeds": seeds,
+        "  worse than fp32 by": only_ours(lambda variant: f"{outcome.gap(variant):+.2f}"),
+        "ms per step": lambda variant: f"{1000 * statistics.median(outcome.step_s[variant]):.1f}",
+        "  as a multiple of fp32": only_ours(lambda variant: f"{outcome.time_ratio(variant)[0]:.2f}"),
+        "  min..max over rounds": only_ours(low_high),
+        "kept for backward / fp32": only_ours(lambda _: ""),
+        "  in the 4-bit layers": only_ours(lambda variant: f"{outcome.memory_ratios(variant)[0]:.2f}"),
+        "  whole model": only_ours(lambda variant: f"{outcome.memory_ratios(variant)[1]:.2f}"),
+    }
 
 
 def verdict(outcome: Outcome, variant: str = "luq4") -> str:
@@ -100,7 +108,8 @@ def verdict(outcome: Outcome, variant: str = "luq4") -> str:
     gap, base = outcome.gap(variant), outcome.metrics(BASE)
     spread = max(base) - min(base)
     direction = "worse" if gap > 0 else "better"
-    quality = f"{abs(gap):.2f} {direction} ({outcome.quality})"
+    quality = f"{abs(gap):.2f} {direction}" if abs(gap) >= SHOWN / 2 else "equal"
+    quality += f" in {outcome.quality}"
     if len(base) > 1:
         quality += f", fp32's own spread over {len(base)} seeds is {spread:.2f}"
     median, low, high = outcome.time_ratio(variant)
@@ -134,17 +143,18 @@ def figure(outcomes: Sequence[Outcome], path: Path) -> Path:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = ("-", "--", "-", ":")
+    styles: list[dict[str, Any]] = [{"lw": 5, "alpha": 0.35}, {"ls": "--"}, {}, {"ls": ":"}]
     fig, axes = plt.subplots(1, len(outcomes), figsize=(6.4 * len(outcomes), 4.6), squeeze=False, layout="constrained")
     for axis, outcome in zip(axes[0], outcomes, strict=True):
         for (variant, runs), style in zip(outcome.runs.items(), styles, strict=False):
             losses = [loss * outcome.loss_factor for loss in _mean_losses(runs)]
-            axis.plot(range(1, len(losses) + 1), _smooth(losses, max(1, len(losses) // 50)), style, label=variant)
+            axis.plot(range(1, len(losses) + 1), _smooth(losses, max(1, len(losses) // 50)), label=variant, **style)
         seeds = len(outcome.runs[BASE])
         axis.set_title(f"{outcome.title} ({seeds} seed{'s' if seeds > 1 else ''})")
+        axis.set_yscale("log")  # late in training all losses are small
         axis.set_xlabel("optimizer step")
-        axis.set_ylabel(f"{outcome.loss_label}, smoothed")
-        axis.grid(alpha=0.3)
+        axis.set_ylabel(f"{outcome.loss_label}; smoothed, log scale")
+        axis.grid(alpha=0.3, which="both")
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)

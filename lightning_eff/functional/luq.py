@@ -3,8 +3,8 @@
 A gradient x is stored as sign and one of L magnitudes alpha * 2^k, k = 0..L-1, or zero:
 
     alpha = max|x| * 2^-(L-1)
-    |x| < alpha                        ->  alpha with probability |x| / alpha, else 0        (stochastic underflow)
-    2^n alpha <= |x| < 2^(n+1) alpha   ->  2^(n+1) alpha with probability (|x| - 2^n alpha) / (2^n alpha), else 2^n alpha
+    |x| < alpha                       ->  alpha with probability |x| / alpha, else 0       (stochastic underflow)
+    2^n alpha <= |x| < 2^(n+1) alpha  ->  2^(n+1) alpha with probability (|x| - 2^n alpha) / (2^n alpha), else 2^n alpha
 
 Nothing exceeds the largest level, so nothing is clipped and E[Q(x)] = x everywhere; the variance is (x - l)(u - x)
 between the two neighbouring levels l and u. In units of alpha every level is an integer power of two, exact in int8
@@ -132,7 +132,12 @@ def round_to_powers(y: Tensor, u: Tensor, rounding: Rounding = "luq") -> Tensor:
 
 
 def luq_quantize(
-    x: Tensor, *, levels: int = 7, max_abs: Tensor | float | None = None, power_of_two: bool = False, seed: int | None = None
+    x: Tensor,
+    *,
+    levels: int = 7,
+    max_abs: Tensor | float | None = None,
+    power_of_two: bool = False,
+    seed: int | None = None,
 ) -> Tensor:
     """Quantise and dequantise: an unbiased FP4 copy of a neural gradient, in the dtype of ``x``.
 

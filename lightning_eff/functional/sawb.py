@@ -77,7 +77,9 @@ def sawb_scale(x: Tensor, *, bits: int = 4, unsigned: Unsigned = False) -> Tenso
     kept = x[x > 0] if unsigned == "mirror5" else x
     largest = x.abs().max()
     count = max(kept.numel(), 1)
-    clip = c1 * (kept.square().sum(dtype=torch.float64) / count).sqrt() + c2 * kept.abs().sum(dtype=torch.float64) / count
+    clip = (
+        c1 * (kept.square().sum(dtype=torch.float64) / count).sqrt() + c2 * kept.abs().sum(dtype=torch.float64) / count
+    )
     top = 2 if unsigned == "reference" else 1
     step = torch.where(clip > 0, clip.to(torch.float32) * top, largest) / high
     return torch.where(largest.isfinite(), step.clamp(min=TINY), torch.nan)

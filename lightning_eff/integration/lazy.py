@@ -103,8 +103,9 @@ def status() -> dict[str, str]:
         try:
             connector = importlib.import_module(namespace.connector_module)
             importlib.import_module(namespace.entry_module)
-        except ModuleNotFoundError:
-            found[namespace.root] = "not installed"
+        except ImportError as error:
+            absent = error.name == namespace.root.partition(".")[0]
+            found[namespace.root] = "not installed" if absent else f"cannot be imported: {error}"
             continue
         patched = is_patched(getattr(connector, namespace.connector_class, type(None)))
         found[namespace.root] = "ready" if patched else "not patched: use plugins=[...] or the LowPrecision callback"

@@ -143,10 +143,12 @@ def base_class(root: str, kind: Kind) -> type[Any]:
     try:
         base: type[Any] = getattr(importlib.import_module(f"{root}.{submodule}"), name)
     except ModuleNotFoundError as error:
-        distribution = "pytorch-lightning" if root == "pytorch_lightning" else "lightning"
+        package = root.partition(".")[0]
+        if error.name != package:  # Lightning is there, something it needs is not: its own error says what
+            raise
+        distribution = package.replace("_", "-")
         raise MissingDependencyError(
-            f"The {kind} classes for {root} need the package {distribution!r}, which cannot be imported here: {error}. "
-            f"Run: pip install {distribution}"
+            f"The {kind} classes for {root} need the package {distribution!r}. Run: pip install {distribution}"
         ) from error
     return base
 

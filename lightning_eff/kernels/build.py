@@ -24,7 +24,8 @@ from lightning_eff.errors import FallbackWarning
 
 SOURCE = Path(__file__).parent / "src" / "quantize.cpp"
 FLAGS = (
-    "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC -shared -std=c++17".split()
+    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
@@ -57,7 +58,10 @@ def machine_key() -> str:
 
 
 def _compiler() -> str | None:
-    return next((path for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (path := shutil.which(name))), None)
+    return next(
+        (path for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (path := shutil.which(name))),
+        None,
+    )
 
 
 def _openmp_of_torch() -> list[str]:

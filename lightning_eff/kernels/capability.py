@@ -70,12 +70,16 @@ def _remembered(device: torch.device) -> dict[str, float | bool]:
     return found
 
 
+def _device(kind: str, index: int | None) -> torch.device:
+    return torch.device(kind) if index is None else torch.device(kind, index)
+
+
 @functools.cache
 def _native(device_type: str, index: int | None) -> bool:
     forced = os.environ.get("LIGHTNING_EFF_INT8", "")
     if forced in ("0", "1"):
         return forced == "1"
-    return bool(_remembered(torch.device(device_type, index))["native"]) if device_type in ("cpu", "cuda") else False
+    return bool(_remembered(_device(device_type, index))["native"]) if device_type in ("cpu", "cuda") else False
 
 
 def native_int8(device: torch.device | str = "cpu") -> bool:

@@ -14,80 +14,19 @@ O output channels, T taps, P output positions.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels.build import library
+from lightning_eff.kernels.geometry import Geometry, Triple, emulated_forward, emulated_input_grad, emulated_weight_grad
 from lightning_eff.kernels.products import code_product, rescale, scratch
 
-GATHER_BYTES = 1 << 20
-"""Gathered codes per group of images: about the size of a second-level cache."""
+GATHER_BYTES = 4 << 20
+"""Gathered codes per group of images; measured: 1 MiB and 16 MiB are both slower."""
 _INT32_POSITIONS = 2**31 // (15 * 64)
-
-Triple = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Kernel size, stride, padding and dilation along depth, height and width, and the number of groups."""
-
-    kernel: Triple
-    stride: Triple
-    padding: Triple
-    dilation: Triple
-    groups: int = 1
-
-    def out_size(self, size: Sequence[int]) -> Triple:
-        """Output size for an input of ``size``."""
-        z, y, x = (
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        )
-        return z, y, x
-
-    @property
-    def pointwise(self) -> bool:
-        """A 1x1 convolution without stride or padding: the input is its own gather."""
-        return self.kernel == (1, 1, 1) and self.stride == (1, 1, 1) and self.padding == (0, 0, 0)
-
-    def taps(self) -> Tensor:
-        """(3, T) offsets of the taps relative to ``o * stride``."""
-        return _grid(
-            [[k * d - p for k in range(n)] for n, p, d in zip(self.kernel, self.padding, self.dilation, strict=True)]
-        )
-
-    def phases(self) -> Iterator[tuple[Triple, Tensor, Tensor]]:
-        """For each input position modulo the stride: the phase, its taps' indices and their (3, T') output offsets."""
-        indices = torch.arange(self.kernel[0] * self.kernel[1] * self.kernel[2]).view(self.kernel)
-        for phase in itertools.product(*(range(s) for s in self.stride)):
-            axes = [self._phase_axis(axis, phase[axis]) for axis in range(3)]
-            kept = indices
-            for axis, (taps, _) in enumerate(axes):
-                kept = kept.index_select(axis, torch.tensor(taps, dtype=torch.int64))
-            z, y, x = phase
-            yield (z, y, x), kept.reshape(-1), _grid([offsets for _, offsets in axes])
-
-    def _phase_axis(self, axis: int, phase: int) -> tuple[list[int], list[int]]:
-        """Taps along one axis that reach this phase, and the output offset of each."""
-        taps, offsets = [], []
-        for k in range(self.kernel[axis]):
-            offset, rest = divmod(phase + self.padding[axis] - k * self.dilation[axis], self.stride[axis])
-            if rest == 0:
-                taps.append(k)
-                offsets.append(offset)
-        return taps, offsets
-
-
-def _grid(axes: Sequence[Sequence[int]]) -> Tensor:
-    """All combinations of three lists of offsets, (3, product of lengths)."""
-    return torch.stack(
-        [t.reshape(-1) for t in torch.meshgrid(*(torch.tensor(a, dtype=torch.int64) for a in axes), indexing="ij")]
-    ).contiguous()
 
 
 def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
@@ -107,8 +46,16 @@ def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
     out = scratch("gather", positions * count * channels, torch.int8).view(positions, count * channels)
     shape = torch.tensor([*size, *out_size, *step])
     kernels.eff_gather(
-        src.data_ptr(), images, shape.data_ptr(), channels, shape[3:].data_ptr(), shape[6:].data_ptr(), count,
-        taps.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        src.data_ptr(),
+        images,
+        shape.data_ptr(),
+        channels,
+        shape[3:].data_ptr(),
+        shape[6:].data_ptr(),
+        count,
+        taps.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
     )
     return out
 
@@ -128,8 +75,9 @@ def _gather_indexed(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -
     return out.reshape(-1, taps.shape[1] * src.shape[-1])
 
 
-def _groups(images: int, bytes_per_image: int) -> Iterator[slice]:
-    size = max(1, GATHER_BYTES // max(bytes_per_image, 1))
+def _groups(images: int, bytes_per_image: int, at_least: int = 0) -> Iterator[slice]:
+    """Groups of images that gather about :data:`GATHER_BYTES`, or ``at_least`` bytes where a group has a fixed cost."""
+    size = max(1, max(GATHER_BYTES, at_least) // max(bytes_per_image, 1))
     return (slice(start, min(start + size, images)) for start in range(0, images, size))
 
 
@@ -157,7 +105,7 @@ def conv_forward(
         dtype: of the result.
     """
     if not native or geometry.groups > 1:
-        acc = _channels_last(_emulated(x.codes, weight.codes, geometry))
+        acc = emulated_forward(x.codes, weight.codes, geometry)
         return rescale(acc.flatten(0, 3), x.scale, weight.scale, bias=bias, dtype=dtype).view(acc.shape)
     images, out_size, channels = x.codes.shape[0], geometry.out_size(x.codes.shape[1:4]), weight.codes.shape[0]
     positions, matrix = out_size[0] * out_size[1] * out_size[2], weight.codes.view(channels, -1).t()
@@ -185,8 +133,7 @@ def conv_input_grad(
     """
     images, (channels, _, inputs) = grad.codes.shape[0], weight.codes.shape
     if not native or geometry.groups > 1:
-        shape = (images, *size, inputs * geometry.groups)
-        acc = _channels_last(_emulated_backward(grad.codes, None, weight.codes, geometry, shape))
+        acc = emulated_input_grad(grad.codes, weight.codes, geometry, size)
         return rescale(acc.flatten(0, 3), grad.scale, weight.scale, dtype=dtype).view(acc.shape)
     single = geometry.stride == (1, 1, 1)
     result = (torch.empty if single else torch.zeros)(images, *size, inputs, dtype=dtype, device=grad.codes.device)
@@ -226,72 +173,17 @@ def conv_weight_grad(
     inputs = x.codes.shape[-1] // geometry.groups
     positions, width = out_size[0] * out_size[1] * out_size[2], taps.shape[1] * inputs
     if not native or geometry.groups > 1:
-        acc = _emulated_backward(grad.codes, x.codes, None, geometry, (channels, inputs))
-        acc = acc.flatten(2).transpose(1, 2).reshape(channels, width)
+        acc = emulated_weight_grad(grad.codes, x.codes, geometry).view(channels, width)
         return rescale(acc, grad.scale, x.scale, factor=factor, dtype=dtype).view(channels, -1, inputs)
+    total: Tensor | None = None
     wide = images * positions > _INT32_POSITIONS
-    total = torch.zeros(channels, width, dtype=torch.float64 if wide else torch.int32, device=x.codes.device)
-    for group in _groups(images, positions * width):
+    for group in _groups(images, positions * width, at_least=8 * channels * width):
         columns = _columns(x.codes[group], geometry, taps, (out_size[0], out_size[1], out_size[2]))
-        total += code_product(grad.codes[group].reshape(-1, channels).t(), columns, native=True)
+        part = code_product(grad.codes[group].reshape(-1, channels).t(), columns, native=True)
+        if group.stop < images or total is not None:  # the product's buffer is about to be overwritten
+            part = part.to(torch.float64 if wide else torch.int32, copy=total is None)
+        total = part if total is None else total.add_(part)
+    if total is None:
+        total = torch.zeros(channels, width, dtype=torch.int32, device=x.codes.device)
     total = total.to(torch.float32) if wide else total
     return rescale(total, grad.scale, x.scale, factor=factor, dtype=dtype).view(channels, -1, inputs)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """(N, C, H, W) or (N, C, D, H, W) -> contiguous (N, D, H, W, C)."""
-    x = x.unsqueeze(2) if x.dim() == 4 else x
-    return x.permute(0, 2, 3, 4, 1).contiguous()
-
-
-def _flat(geometry: Geometry, depth: int) -> slice:
-    """The axes torch's convolution needs: two where depth is 1 throughout, else three."""
-    return slice(1, None) if depth == 1 and geometry.kernel[0] == 1 and geometry.padding[0] == 0 else slice(0, None)
-
-
-def _float_weight(codes: Tensor, geometry: Geometry, axes: slice) -> Tensor:
-    channels, _, inputs = codes.shape
-    return codes.to(torch.float32).transpose(1, 2).reshape(channels, inputs, *geometry.kernel[axes])
-
-
-def _emulated(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The output's integer sums in float32, channels first."""
-    axes = _flat(geometry, x.shape[1])
-    run = torch.conv2d if axes.start else torch.conv3d
-    wide = x.to(torch.float32).permute(0, 4, 1, 2, 3)
-    return run(
-        wide.squeeze(2) if axes.start else wide,
-        _float_weight(weight, geometry, axes),
-        None,
-        geometry.stride[axes],
-        geometry.padding[axes],
-        geometry.dilation[axes],
-        geometry.groups,
-    )
-
-
-def _emulated_backward(
-    grad: Tensor, x: Tensor | None, weight: Tensor | None, geometry: Geometry, shape: Sequence[int]
-) -> Tensor:
-    """Integer sums of the input gradient (``x`` is None) or of the weight gradient (``weight`` is None), channels first.
-
-    ``shape`` is what is missing: (N, D, H, W, C) of the input, or (O, C / groups) of the weight.
-    """
-    depth = shape[1] if x is None else x.shape[1]
-    axes = _flat(geometry, depth)
-
-    def first(codes: Tensor) -> Tensor:
-        wide = codes.to(torch.float32).permute(0, 4, 1, 2, 3)
-        return wide.squeeze(2) if axes.start else wide
-
-    image = first(x) if x is not None else first(grad.new_empty(1).expand(*shape))
-    kernel = (
-        _float_weight(weight, geometry, axes)
-        if weight is not None
-        else grad.new_empty(1, dtype=torch.float32).expand(*shape, *geometry.kernel[axes])
-    )
-    result = torch.ops.aten.convolution_backward(
-        first(grad), image, kernel, None, geometry.stride[axes], geometry.padding[axes], geometry.dilation[axes],
-        False, [0] * len(geometry.kernel[axes]), geometry.groups, [x is None, weight is None, False],
-    )  # fmt: skip
-    return result[0] if x is None else result[1]

@@ -83,7 +83,13 @@ def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
 
 
 def rescale(
-    acc: Tensor, a: Tensor, b: Tensor, *, factor: float = 1.0, bias: Tensor | None = None, dtype: torch.dtype = torch.float32,
+    acc: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    factor: float = 1.0,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
     """``acc * (a * b * factor) + bias`` in one pass.
@@ -107,21 +113,39 @@ def rescale(
     out = torch.empty(rows, columns, dtype=dtype) if out is None else out
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     kernels.eff_scale(
-        acc.data_ptr(), int(acc.dtype == torch.int32), rows, columns, a.data_ptr(), b.data_ptr(), factor,
-        None if bias is None else bias.data_ptr(), out.data_ptr(), TYPES[dtype], columns, torch.get_num_threads(),
+        acc.data_ptr(),
+        int(acc.dtype == torch.int32),
+        rows,
+        columns,
+        a.data_ptr(),
+        b.data_ptr(),
+        factor,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        TYPES[dtype],
+        columns,
+        torch.get_num_threads(),
     )
     return out
 
 
 def scaled_product(
-    a: Codes, b: Codes, *, native: bool, factor: float = 1.0, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+    a: Codes,
+    b: Codes,
+    *,
+    native: bool,
+    factor: float = 1.0,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``(a.codes @ b.codes) * (a.scale * b.scale * factor) + bias``, codes (M, K) and (K, N), result (M, N)."""
-    if a.codes.shape[1] > _INT32_TERMS:
-        half = a.codes.shape[1] // 2
-        parts = ((a.codes[:, :half], b.codes[:half], bias), (a.codes[:, half:], b.codes[half:], None))
-        return sum(
-            scaled_product(Codes(left, a.scale), Codes(right, b.scale), native=native, factor=factor, bias=bias_, dtype=dtype)
-            for left, right, bias_ in parts
-        )
-    return rescale(code_product(a.codes, b.codes, native=native), a.scale, b.scale, factor=factor, bias=bias, dtype=dtype)
+    terms = a.codes.shape[1]
+    if terms <= _INT32_TERMS:
+        acc = code_product(a.codes, b.codes, native=native)
+        return rescale(acc, a.scale, b.scale, factor=factor, bias=bias, dtype=dtype)
+    left, right = a.codes.split(terms // 2 + 1, dim=1), b.codes.split(terms // 2 + 1, dim=0)
+    first, second = (
+        scaled_product(Codes(x, a.scale), Codes(y, b.scale), native=native, factor=factor, bias=c, dtype=dtype)
+        for x, y, c in zip(left, right, (bias, None), strict=True)
+    )
+    return first + second

@@ -51,13 +51,20 @@ def sawb_encode(
     kernels = _library_for(x)
     if kernels is None:
         is_unsigned = bool(unsigned) and (scale is not None or bool(x.numel() and x.min() >= 0 and x.max() > 0))
-        codes = functional.sawb_codes(x, unsigned=unsigned if is_unsigned else False, scale=scale)
-        return codes, functional.pack_int4(codes.codes) if pack else None, is_unsigned
+        plain = functional.sawb_codes(x, unsigned=unsigned if is_unsigned else False, scale=scale)
+        return plain, functional.pack_int4(plain.codes) if pack else None, is_unsigned
     kind, n, threads = TYPES[x.dtype], x.numel(), torch.get_num_threads()
     if scale is None:
         scale, flag = torch.empty(()), ctypes.c_int32()
         kernels.eff_sawb_scale(
-            x.data_ptr(), kind, n, _UNSIGNED_MODE[unsigned], _COEFFICIENTS.data_ptr(), scale.data_ptr(), ctypes.byref(flag), threads
+            x.data_ptr(),
+            kind,
+            n,
+            _UNSIGNED_MODE[unsigned],
+            _COEFFICIENTS.data_ptr(),
+            scale.data_ptr(),
+            ctypes.byref(flag),
+            threads,
         )
         is_unsigned = bool(flag.value)
     else:
@@ -65,7 +72,14 @@ def sawb_encode(
     codes = (torch.empty(n, dtype=torch.int8) if out is None else out[:n]).view(x.shape)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8) if pack else None
     kernels.eff_sawb_codes(
-        x.data_ptr(), kind, n, scale.data_ptr(), is_unsigned, codes.data_ptr(), None if packed is None else packed.data_ptr(), threads
+        x.data_ptr(),
+        kind,
+        n,
+        scale.data_ptr(),
+        is_unsigned,
+        codes.data_ptr(),
+        None if packed is None else packed.data_ptr(),
+        threads,
     )
     return Codes(codes, scale), packed, is_unsigned
 
@@ -134,8 +148,16 @@ def luq_codes(
     codes = (torch.empty(n, dtype=torch.int8) if out is None else out[:n]).view(x.shape)
     kernels.eff_luq_scale(largest.data_ptr(), levels, power_of_two, alpha.data_ptr())
     kernels.eff_luq_codes(
-        x.data_ptr(), TYPES[x.dtype], n, alpha.data_ptr(), largest.data_ptr(), levels, seed, codes.data_ptr(),
-        None if observed is None else observed.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(),
+        TYPES[x.dtype],
+        n,
+        alpha.data_ptr(),
+        largest.data_ptr(),
+        levels,
+        seed,
+        codes.data_ptr(),
+        None if observed is None else observed.data_ptr(),
+        torch.get_num_threads(),
     )
     return Codes(codes, alpha)
 
@@ -153,7 +175,12 @@ def sawb_quantize(x: Tensor, *, bits: int = 4, unsigned: Unsigned = False) -> Te
 
 
 def luq_quantize(
-    x: Tensor, *, levels: int = 7, max_abs: Tensor | float | None = None, power_of_two: bool = False, seed: int | None = None
+    x: Tensor,
+    *,
+    levels: int = 7,
+    max_abs: Tensor | float | None = None,
+    power_of_two: bool = False,
+    seed: int | None = None,
 ) -> Tensor:
     """See :func:`lightning_eff.functional.luq_quantize`."""
     return luq_codes(x, levels=levels, max_abs=max_abs, power_of_two=power_of_two, seed=seed).dequantize(x.dtype)

@@ -72,7 +72,9 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
         masks = []
         if attention is not None:
             shape = (-1, self.num_heads, q.shape[2], k.shape[2])
-            masks.append(_additive(attention, q.dtype).view(shape) if attention.dim() == 3 else _additive(attention, q.dtype))
+            masks.append(
+                _additive(attention, q.dtype).view(shape) if attention.dim() == 3 else _additive(attention, q.dtype)
+            )
         if padding is not None:
             masks.append(_additive(padding, q.dtype)[:, None, None, :])
         return sum(masks[1:], masks[0]) if masks else None

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_eff.errors import NoEffectWarning, NonFiniteGradientError
@@ -20,7 +19,7 @@ from lightning_eff.integration.precision import check_strategy
 from lightning_eff.methods import MethodInfo
 from lightning_eff.precision.config import LUQConfig
 from lightning_eff.precision.convert import Conversion, convert
-from lightning_eff.precision.report import print_conversion
+from lightning_eff.precision.report import console, conversion_table, readable_bytes
 from lightning_eff.precision.state import LayerState, SeedStream
 
 
@@ -35,7 +34,7 @@ class QuantizedPrecisionMixin:
     """
 
     info: ClassVar[MethodInfo]
-    formats: ClassVar[tuple[str, str, str]]
+    formats: ClassVar[str]
 
     config: LUQConfig
 
@@ -74,13 +73,17 @@ class QuantizedPrecisionMixin:
             )
         elif _rank() == 0:
             native = next(iter(conversion.states.values())).native(device)
-            products = "native int8" if native else "emulated in float32"
-            title = f"{self.info.name}: {len(conversion.states)} of {len(conversion.rows)} layers with weights converted"
-            print_conversion(conversion, title=title, formats=self.formats, products=products)
+            formats = f"{self.formats}: {'native int8' if native else 'emulated in float32'}"
+            title = (
+                f"{self.info.name}: {len(conversion.states)} of {len(conversion.rows)} layers with weights converted"
+            )
+            console().print(conversion_table(conversion, title=title, formats=formats))
 
     def states(self) -> dict[str, LayerState]:
         """Layer name -> state, of every converted layer."""
-        return {name: state for _, conversion in self._conversions.values() for name, state in conversion.states.items()}
+        return {
+            name: state for _, conversion in self._conversions.values() for name, state in conversion.states.items()
+        }
 
     def saved_bytes(self) -> tuple[int, int]:
         """Bytes the converted layers kept for backward in their last forward, and what float32 would have kept."""
@@ -92,9 +95,10 @@ class QuantizedPrecisionMixin:
         kept, full = self.saved_bytes()
         if self._steps and full and _rank() == 0:
             layers = sum(len(conversion.states) for _, conversion in self._conversions.values())
-            Console().print(
-                f"{self.info.name}: {layers} layers trained for {self._steps} steps; per forward they kept "
-                f"{kept / 2**20:.2f} MiB for backward instead of {full / 2**20:.2f} MiB in float32 ({kept / full:.3f}x)."
+            console().print(
+                f"{self.info.name}: {layers} layers trained for {self._steps} steps; for backward they kept "
+                f"{readable_bytes(kept)} instead of {readable_bytes(full)} in float32 ({kept / full:.3f}x).",
+                highlight=False,
             )
         for _, conversion in self._conversions.values():
             conversion.undo()
@@ -114,14 +118,14 @@ class QuantizedPrecisionMixin:
             state.invalidate()
 
     @contextlib.contextmanager
-    def train_step_context(self) -> Generator[None, None, None]:
+    def train_step_context(self) -> Generator[None]:
         """Context of a training step."""
         self._enter("train")
         with super().train_step_context():  # type: ignore[misc]
             yield
 
     @contextlib.contextmanager
-    def val_step_context(self) -> Generator[None, None, None]:
+    def val_step_context(self) -> Generator[None]:
         """Context of a validation step."""
         self._enter("val")
         with super().val_step_context():  # type: ignore[misc]

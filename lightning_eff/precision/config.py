@@ -16,14 +16,20 @@ OnNonFinite = Literal["raise", "warn"]
 
 def check_choice(name: str, given: Any, allowed: Sequence[Any]) -> None:
     """Raise :class:`ConfigurationError` unless ``given`` is one of ``allowed``."""
-    if given not in allowed or isinstance(given, bool) != any(given is value for value in allowed if isinstance(value, bool)):
+    if given not in allowed or isinstance(given, bool) != any(
+        given is value for value in allowed if isinstance(value, bool)
+    ):
         hint = nearest(str(given), [value for value in allowed if isinstance(value, str)])
-        raise ConfigurationError(f"{name}={given!r} is not allowed; choose one of {', '.join(map(repr, allowed))}.{hint}")
+        raise ConfigurationError(
+            f"{name}={given!r} is not allowed; choose one of {', '.join(map(repr, allowed))}.{hint}"
+        )
 
 
 def check_int(name: str, given: Any, low: int, high: int | None = None) -> None:
     """Raise :class:`ConfigurationError` unless ``given`` is an int (no bool) from ``low`` to ``high``."""
-    in_range = isinstance(given, int) and not isinstance(given, bool) and low <= given and (high is None or given <= high)
+    in_range = (
+        isinstance(given, int) and not isinstance(given, bool) and low <= given and (high is None or given <= high)
+    )
     if not in_range:
         allowed = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
         raise ConfigurationError(f"{name}={given!r} is not allowed; it must be {allowed}.")
@@ -68,9 +74,13 @@ class LUQConfig:
         momentum = self.hindsight
         is_number = isinstance(momentum, (int, float)) and not isinstance(momentum, bool)
         if momentum is not None and not (is_number and 0 <= momentum < 1):
-            raise ConfigurationError(f"hindsight={momentum!r} is not allowed; it is a momentum, 0 <= hindsight < 1, or None.")
+            raise ConfigurationError(
+                f"hindsight={momentum!r} is not allowed; it is a momentum, 0 <= hindsight < 1, or None."
+            )
         if isinstance(self.exempt, str) or not all(isinstance(pattern, str) for pattern in self.exempt):
-            raise ConfigurationError(f"exempt={self.exempt!r} is not allowed; it is a list of name patterns, ['*.head'].")
+            raise ConfigurationError(
+                f"exempt={self.exempt!r} is not allowed; it is a list of name patterns, ['*.head']."
+            )
         object.__setattr__(self, "exempt", tuple(self.exempt))
         if self.products == "native" and (self.levels > 7):
             raise ConfigurationError("levels=8 has the code 128, beyond int8: use products='auto' or levels=7.")

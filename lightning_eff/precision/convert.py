@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -85,7 +84,9 @@ def _unsupported(module: nn.Module) -> str:
         return "lazy: run one batch before fit so that its shape is known"
     if hasattr(module, "parametrizations"):
         return "parametrised: its weight is computed, not stored"
-    base = next((b.__name__ for b in type(module).__mro__[1:] if b.__module__.startswith("torch.nn") and b is not nn.Module), "")
+    base = next(
+        (b.__name__ for b in type(module).__mro__[1:] if b.__module__.startswith("torch.nn") and b is not nn.Module), ""
+    )
     if base:
         return f"{kind} is a subclass of {base} and may have a forward of its own"
     return f"{kind} has no 4-bit form; supported are {_SUPPORTED}"
@@ -113,7 +114,9 @@ def _check_patterns(config: LUQConfig, names: list[str]) -> None:
 def _reasons(found: list[tuple[str, nn.Module]], config: LUQConfig) -> dict[str, str]:
     """Layer name -> why it is left alone, empty if it is converted."""
     reasons = {
-        name: (_attention_reason(module) or _exempt_by_pattern(name, config)) if twin_of(module) else _unsupported(module)
+        name: (_attention_reason(module) or _exempt_by_pattern(name, config))
+        if twin_of(module)
+        else _unsupported(module)
         for name, module in found
     }
     if config.exempt_first_last:
@@ -150,7 +153,7 @@ def convert(model: nn.Module, config: LUQConfig, seeds: SeedStream | None = None
             _swap(module, name, config, seeds, result)
     for module in model.modules():
         # The fused inference path of TransformerEncoderLayer reads raw weights; this value makes torch refuse it.
-        if isinstance(module, nn.TransformerEncoderLayer) and getattr(module, _FAST_PATH, 0):
+        if isinstance(module, nn.TransformerEncoderLayer) and getattr(module, _FAST_PATH, False):
             result._encoders.append((module, getattr(module, _FAST_PATH)))
             setattr(module, _FAST_PATH, 0)
     return result
@@ -167,9 +170,13 @@ def _swap(module: nn.Module, name: str, config: LUQConfig, seeds: SeedStream, re
     module.__dict__[STATE] = state
 
 
-@functools.cache
+_JOINED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _with_base(twin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
     """A twin that is not derived from the plain class (a third party's) becomes so."""
     if issubclass(twin, kind) or twin.__mro__[1] is not nn.Module:
         return twin
-    return type(twin.__name__, (twin, kind), {"__module__": twin.__module__})
+    if (twin, kind) not in _JOINED:
+        _JOINED[twin, kind] = type(twin.__name__, (twin, kind), {"__module__": twin.__module__})
+    return _JOINED[twin, kind]

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_eff.functional.formats import Codes
-from lightning_eff.kernels.convolution import Geometry, Triple, conv_forward, conv_input_grad, conv_weight_grad
+from lightning_eff.kernels.convolution import conv_forward, conv_input_grad, conv_weight_grad
+from lightning_eff.kernels.geometry import Geometry, Triple
 from lightning_eff.kernels.products import code_product, rescale, scaled_product
-from lightning_eff.precision.state import LayerState, SavedInput, state_of
+from lightning_eff.precision.state import LayerState, SavedInput
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -55,7 +56,12 @@ def linear_forward(
 
 
 def linear_backward(
-    grad: Tensor, saved: SavedInput | None, weight: Codes, state: LayerState, x_dtype: torch.dtype, w_dtype: torch.dtype,
+    grad: Tensor,
+    saved: SavedInput | None,
+    weight: Codes,
+    state: LayerState,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
 ) -> Grads:
     """Gradients of input, weight and bias; ``None`` where not needed."""
@@ -93,8 +99,9 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See :func:`linear_backward`."""
         saved = SavedInput(*ctx.saved_tensors) if ctx.saved_tensors else None
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):
-            grads = linear_backward(grad, saved, ctx.codes, ctx.state, *ctx.dtypes, ctx.needs_input_grad[:3])
+            grads = linear_backward(grad, saved, ctx.codes, ctx.state, *ctx.dtypes, needs)
         return *grads, None, None
 
 
@@ -110,9 +117,9 @@ def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: Laye
 # ----------------------------------------------------------------------------------------------------- convolution
 
 
-def _conv_weight(weight: Tensor) -> Tensor:
+def _taps_before_channels(weight: Tensor) -> Tensor:
     """(O, C, *kernel) -> (O, T, C)."""
-    return weight.detach().flatten(2).transpose(1, 2)
+    return weight.flatten(2).transpose(1, 2)
 
 
 def _to_last(x: Tensor) -> Tensor:
@@ -128,21 +135,35 @@ def _to_first(x: Tensor, dims: int) -> Tensor:
 
 
 def conv_forward_last(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, geometry: Geometry, *, save: bool, cached: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: LayerState,
+    geometry: Geometry,
+    *,
+    save: bool,
+    cached: bool = True,
 ) -> tuple[Tensor, SavedInput | None, Codes]:
-    """``x`` (N, C, *space), ``weight`` (O, C / groups, *kernel) -> output, what backward needs, weight codes (O, T, C)."""
+    """``x`` (N, C, *space), ``weight`` (O, C / groups, *kernel) -> output, what backward needs, weight codes."""
     dtype = _result_dtype(x)
     with _no_autocast(x):
         codes, saved = state.encode_input(_to_last(x), save=save)
-        flat = state.encode_weight(weight, cached=cached)
-        kernel = Codes(_conv_weight(flat.codes).contiguous(), flat.scale)
+        kernel = state.encode_weight(weight, cached=cached, arrange=_taps_before_channels)
         y = conv_forward(codes, kernel, geometry, native=state.native(x.device), bias=bias, dtype=dtype)
     return _to_first(y, x.dim() - 2), saved, kernel
 
 
 def conv_backward_last(
-    grad: Tensor, saved: SavedInput | None, kernel: Codes, state: LayerState, geometry: Geometry, x_shape: torch.Size,
-    weight_shape: torch.Size, x_dtype: torch.dtype, w_dtype: torch.dtype, needs: tuple[bool, bool, bool],
+    grad: Tensor,
+    saved: SavedInput | None,
+    kernel: Codes,
+    state: LayerState,
+    geometry: Geometry,
+    x_shape: torch.Size,
+    weight_shape: torch.Size,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
 ) -> Grads:
     """Gradients of input, weight and bias; ``None`` where not needed."""
     native, last = state.native(grad.device), _to_last(grad)
@@ -151,10 +172,14 @@ def conv_backward_last(
     if needs[0] or needs[1]:
         samples = state.encode_grad(last)
     if needs[0]:
-        dx = _to_first(conv_input_grad(samples[0], kernel, geometry, space, native=native, dtype=x_dtype), len(x_shape) - 2)
+        dx = _to_first(
+            conv_input_grad(samples[0], kernel, geometry, space, native=native, dtype=x_dtype), len(x_shape) - 2
+        )
     if needs[1] and saved is not None:
         x = state.restore_input(saved, (x_shape[0], *space, x_shape[1]))
-        parts = [conv_weight_grad(s, x, geometry, native=native, factor=1 / len(samples), dtype=w_dtype) for s in samples]
+        parts = [
+            conv_weight_grad(s, x, geometry, native=native, factor=1 / len(samples), dtype=w_dtype) for s in samples
+        ]
         dw = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)).transpose(1, 2).reshape(weight_shape)
     db = last.flatten(0, 3).sum(0, dtype=torch.float32).to(w_dtype) if needs[2] else None
     return dx, dw, db
@@ -179,8 +204,9 @@ class ConvFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See :func:`conv_backward_last`."""
         saved = SavedInput(*ctx.saved_tensors) if ctx.saved_tensors else None
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):
-            grads = conv_backward_last(grad, saved, ctx.codes, ctx.state, ctx.geometry, *ctx.rest, ctx.needs_input_grad[:3])
+            grads = conv_backward_last(grad, saved, ctx.codes, ctx.state, ctx.geometry, *ctx.rest, needs)
         return *grads, None, None, None
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_eff.errors import UnsupportedLayerError
-from lightning_eff.kernels.convolution import Geometry, Triple
+from lightning_eff.kernels.geometry import Geometry, Triple
 from lightning_eff.precision.functions import quantized_conv, quantized_linear
 from lightning_eff.precision.state import LayerState
 
@@ -106,7 +106,11 @@ class _QuantConv(_ConvNd):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0,) * dims
         geometry = Geometry(
-            _triple(self.kernel_size, 1), _triple(self.stride, 1), _triple(padding, 0), _triple(self.dilation, 1), self.groups
+            _triple(self.kernel_size, 1),
+            _triple(self.stride, 1),
+            _triple(padding, 0),
+            _triple(self.dilation, 1),
+            self.groups,
         )
         return quantized_conv(x, self.weight, self.bias, self._eff_state, geometry)
 

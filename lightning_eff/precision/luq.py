@@ -22,7 +22,7 @@ class LUQMixin(QuantizedPrecisionMixin):
 
     All three products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D run on 4-bit operands: as
     exact int8 products where the machine has them, with the same numbers in float32 elsewhere. Inputs are kept for
-    backward as packed INT4, an eighth of float32. Master weights, optimizer, normalisation and softmax stay as they are.
+    backward as packed INT4, an eighth of float32. Master weights, optimizer, normalisation and softmax stay the same.
 
     Args:
         levels: magnitudes of the gradient format; 7 is what four bits hold, 8 is the published code (never native).
@@ -47,7 +47,7 @@ class LUQMixin(QuantizedPrecisionMixin):
     """
 
     info: ClassVar[MethodInfo] = METHODS["luq4"]
-    formats: ClassVar[tuple[str, str, str]] = ("INT4 SAWB", "INT4 SAWB", "FP4 LUQ")
+    formats: ClassVar[str] = "INT4 x INT4 (SAWB), FP4 (LUQ)"
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.formats import Codes
-from lightning_eff.kernels.convolution import Geometry
+from lightning_eff.kernels.geometry import Geometry
 from lightning_eff.precision import functions
 from lightning_eff.precision.state import SavedInput, state_of
 

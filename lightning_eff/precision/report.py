@@ -1,4 +1,4 @@
-"""The table printed before step 0: every layer with weights, its formats, or why it was left alone."""
+"""What a run prints about its layers: the table before step 0 and sizes in units people read."""
 
 from __future__ import annotations
 
@@ -7,30 +7,38 @@ from rich.table import Table
 
 from lightning_eff.precision.convert import Conversion
 
+WIDTH = 110
+"""Columns of the table where the output is no terminal (a log file), so that reasons stay on one line."""
 
-def conversion_table(conversion: Conversion, *, title: str, formats: tuple[str, str, str], products: str) -> Table:
-    """Build the table.
+
+def console() -> Console:
+    """A console as wide as the terminal, or :data:`WIDTH` columns in a log file."""
+    found = Console()
+    return found if found.is_terminal else Console(width=max(found.width, WIDTH))
+
+
+def readable_bytes(count: int) -> str:
+    """Bytes in KiB or MiB.
+
+    Example:
+        >>> readable_bytes(3072), readable_bytes(5 << 20)
+        ('3.0 KiB', '5.0 MiB')
+    """
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def conversion_table(conversion: Conversion, *, title: str, formats: str) -> Table:
+    """Every layer with weights and its formats, or why it was left alone.
 
     Args:
         conversion: what was done.
         title: heading.
-        formats: names of the input, weight and gradient formats of converted layers.
-        products: how the products of converted layers run.
+        formats: formats and products of a converted layer.
     """
     table = Table(title=title, title_justify="left")
-    for column in ("layer", "type", "weight", "input", "weights", "gradient", "products"):
-        table.add_column(column)
+    for column in ("layer", "type", "weight", "input x weight, gradient: products"):
+        table.add_column(column, overflow="fold")
     for row in conversion.rows:
         shape = "x".join(map(str, row.shape)) or "-"
-        if row.reason:
-            table.add_row(row.name or "(model)", row.kind, shape, f"[dim]{row.reason}[/dim]")
-        else:
-            table.add_row(row.name or "(model)", row.kind, shape, *formats, products)
+        table.add_row(row.name or "(model)", row.kind, shape, f"[dim]{row.reason}[/dim]" if row.reason else formats)
     return table
-
-
-def print_conversion(
-    conversion: Conversion, *, title: str, formats: tuple[str, str, str], products: str, console: Console | None = None
-) -> None:
-    """Print :func:`conversion_table`, long models shortened to their first and last twenty layers."""
-    (console or Console()).print(conversion_table(conversion, title=title, formats=formats, products=products))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -97,8 +98,10 @@ class LayerState:
         """Forget the weight codes: the weights have changed or may have."""
         self._cache.clear()
 
-    def encode_weight(self, weight: Tensor, *, cached: bool = True) -> Codes:
-        """INT4 codes of ``weight``, made once per optimizer step.
+    def encode_weight(
+        self, weight: Tensor, *, cached: bool = True, arrange: Callable[[Tensor], Tensor] | None = None
+    ) -> Codes:
+        """INT4 codes of ``weight``, rearranged by ``arrange``, made once per optimizer step.
 
         The key holds the version counter and a sampled fingerprint: writes through ``.data`` do not move the former.
         """
@@ -107,6 +110,7 @@ class LayerState:
             codes = sawb_encode(weight.detach())[0]
             if self.measure:
                 self.metrics["weight_sqnr_db"] = sqnr_db(weight, codes.dequantize())
+            codes = codes if arrange is None else Codes(arrange(codes.codes).contiguous(), codes.scale)
             if cached:
                 self._cache = {**self._cache, key: codes} if len(self._cache) < 2 else {key: codes}
         return codes
@@ -168,4 +172,6 @@ class LayerState:
 
     def _observe(self, observed: Tensor) -> None:
         if bool(observed.isfinite()):  # a broken step must not poison the estimate for good
-            self.hindsight = hindsight_max(self.hindsight.to(observed.device), observed, momentum=self.config.hindsight or 0.0)
+            self.hindsight = hindsight_max(
+                self.hindsight.to(observed.device), observed, momentum=self.config.hindsight or 0.0
+            )

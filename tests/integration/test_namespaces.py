@@ -105,7 +105,7 @@ def test_what_is_typed_is_what_is_made() -> None:
 def test_a_missing_namespace_names_the_package_to_install() -> None:
     shells = {"DemoPrecision": ("precision", "tests.integration.demo_shell:DemoMixin")}
     getter = class_getter("somewhere", "no_such_lightning", shells)  # type: ignore[arg-type]
-    with pytest.raises(MissingDependencyError, match="pip install lightning"):
+    with pytest.raises(MissingDependencyError, match="pip install no-such-lightning"):
         getter("DemoPrecision")
 
 

@@ -141,6 +141,12 @@ void scale_rows(const In* acc, int64_t rows, int64_t cols, float scale, const fl
     }
 }
 
+inline void copy_bytes(int8_t* to, const int8_t* from, int64_t bytes) {
+    int64_t i = 0;
+    for (; i + 64 <= bytes; i += 64) std::memcpy(to + i, from + i, 64);
+    std::memcpy(to + i, from + i, bytes - i);
+}
+
 float power_of_two_above(float alpha) {
     int exponent; const float mantissa = std::frexp(alpha, &exponent);
     return std::ldexp(1.0f, mantissa == 0.5f ? exponent - 1 : exponent);
@@ -271,20 +277,32 @@ void eff_scale(const void* acc, int acc_type, int64_t rows, int64_t cols, const 
 // tap is (3, taps).
 void eff_gather(const int8_t* src, int64_t images, const int64_t* size, int64_t channels, const int64_t* out_size,
                 const int64_t* step, int64_t taps, const int64_t* tap, int8_t* out, int threads) {
+    // Taps that follow each other along the last axis read one contiguous piece of src: copy it at once.
+    struct Run { int64_t first, count; };
+    std::vector<Run> runs;
+    for (int64_t t = 0; t < taps; ++t) {
+        const bool follows = t && tap[t] == tap[t - 1] && tap[taps + t] == tap[taps + t - 1] &&
+                             tap[2 * taps + t] == tap[2 * taps + t - 1] + 1;
+        if (follows) ++runs.back().count; else runs.push_back({t, 1});
+    }
     const int64_t row_bytes = out_size[2] * taps * channels;
     const int64_t rows = images * out_size[0] * out_size[1];
     #pragma omp parallel for num_threads(threads) if (rows * row_bytes >= PARALLEL)
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t y = r % out_size[1], z = r / out_size[1] % out_size[0], n = r / out_size[1] / out_size[0];
-        for (int64_t t = 0; t < taps; ++t) {
-            const int64_t sz = z * step[0] + tap[t], sy = y * step[1] + tap[taps + t], dx = tap[2 * taps + t];
+        for (const Run& run : runs) {
+            const int64_t sz = z * step[0] + tap[run.first], sy = y * step[1] + tap[taps + run.first];
+            const int64_t dx = tap[2 * taps + run.first], bytes = run.count * channels;
             const bool inside = sz >= 0 && sz < size[0] && sy >= 0 && sy < size[1];
-            const int8_t* line = inside ? src + ((n * size[0] + sz) * size[1] + sy) * size[2] * channels : nullptr;
-            int8_t* o = out + r * row_bytes + t * channels;
+            const int8_t* line = src + ((n * size[0] + sz) * size[1] + sy) * size[2] * channels;
+            int8_t* o = out + r * row_bytes + run.first * channels;
             for (int64_t x = 0; x < out_size[2]; ++x, o += taps * channels) {
                 const int64_t sx = x * step[2] + dx;
-                if (inside && sx >= 0 && sx < size[2]) std::memcpy(o, line + sx * channels, channels);
-                else std::memset(o, 0, channels);
+                if (inside && sx >= 0 && sx + run.count <= size[2]) { copy_bytes(o, line + sx * channels, bytes); continue; }
+                for (int64_t t = 0; t < run.count; ++t) {
+                    if (inside && sx + t >= 0 && sx + t < size[2]) std::memcpy(o + t * channels, line + (sx + t) * channels, channels);
+                    else std::memset(o + t * channels, 0, channels);
+                }
             }
         }
     }

@@ -1,0 +1,134 @@
+"""The geometry of a convolution, and its products in float32 where there are no int8 units.
+
+Tensors of codes are channels-last with three spatial axes, (N, D, H, W, C); weights are (O, T, C / groups), taps before
+channels. The float32 sums are the integers of the native products as long as they stay below 2^24.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Kernel size, stride, padding and dilation along depth, height and width, and the number of groups."""
+
+    kernel: Triple
+    stride: Triple
+    padding: Triple
+    dilation: Triple
+    groups: int = 1
+
+    def out_size(self, size: Sequence[int]) -> Triple:
+        """Output size for an input of ``size``."""
+        z, y, x = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        return z, y, x
+
+    @property
+    def pointwise(self) -> bool:
+        """A 1x1 convolution without stride or padding: the input is its own gather."""
+        return self.kernel == (1, 1, 1) and self.stride == (1, 1, 1) and self.padding == (0, 0, 0)
+
+    def taps(self) -> Tensor:
+        """(3, T) offsets of the taps relative to ``o * stride``."""
+        return _grid(
+            [[k * d - p for k in range(n)] for n, p, d in zip(self.kernel, self.padding, self.dilation, strict=True)]
+        )
+
+    def phases(self) -> Iterator[tuple[Triple, Tensor, Tensor]]:
+        """For each input position modulo the stride: the phase, its taps' indices and their (3, T') output offsets."""
+        indices = torch.arange(self.kernel[0] * self.kernel[1] * self.kernel[2]).view(self.kernel)
+        for phase in itertools.product(*(range(s) for s in self.stride)):
+            axes = [self._phase_axis(axis, phase[axis]) for axis in range(3)]
+            kept = indices
+            for axis, (taps, _) in enumerate(axes):
+                kept = kept.index_select(axis, torch.tensor(taps, dtype=torch.int64))
+            z, y, x = phase
+            yield (z, y, x), kept.reshape(-1), _grid([offsets for _, offsets in axes])
+
+    def _phase_axis(self, axis: int, phase: int) -> tuple[list[int], list[int]]:
+        """Taps along one axis that reach this phase, and the output offset of each."""
+        taps, offsets = [], []
+        for k in range(self.kernel[axis]):
+            offset, rest = divmod(phase + self.padding[axis] - k * self.dilation[axis], self.stride[axis])
+            if rest == 0:
+                taps.append(k)
+                offsets.append(offset)
+        return taps, offsets
+
+
+def _grid(axes: Sequence[Sequence[int]]) -> Tensor:
+    """All combinations of three lists of offsets, (3, product of lengths)."""
+    return torch.stack(
+        [t.reshape(-1) for t in torch.meshgrid(*(torch.tensor(a, dtype=torch.int64) for a in axes), indexing="ij")]
+    ).contiguous()
+
+
+def _axes(geometry: Geometry, depth: int) -> slice:
+    """The axes torch's convolution needs: two where depth is 1 throughout, else three."""
+    return slice(1, 3) if depth == 1 and geometry.kernel[0] == 1 and geometry.padding[0] == 0 else slice(0, 3)
+
+
+def _image(codes: Tensor, axes: slice) -> Tensor:
+    """(N, D, H, W, C) -> float32 (N, C, *axes), channels-last strides."""
+    wide = codes.to(torch.float32).permute(0, 4, 1, 2, 3)
+    return wide.squeeze(2) if axes.start else wide
+
+
+def _codes_layout(image: Tensor, axes: slice) -> Tensor:
+    """Undo :func:`_image`, contiguous."""
+    return (image.unsqueeze(2) if axes.start else image).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def _kernel(codes: Tensor, geometry: Geometry, axes: slice) -> Tensor:
+    """(O, T, C / groups) -> float32 (O, C / groups, *axes)."""
+    channels, _, inputs = codes.shape
+    return codes.to(torch.float32).transpose(1, 2).reshape(channels, inputs, *tuple(geometry.kernel[axes]))
+
+
+def _backward(grad: Tensor, image: Tensor, kernel: Tensor, geometry: Geometry, axes: slice, which: int) -> Tensor:
+    """Input gradient (``which`` 0) or weight gradient (1) of torch's convolution."""
+    mask = [which == 0, which == 1, False]
+    stride, padding, dilation = (tuple(v[axes]) for v in (geometry.stride, geometry.padding, geometry.dilation))
+    grads = torch.ops.aten.convolution_backward(
+        grad, image, kernel, None, stride, padding, dilation, False, [0] * len(stride), geometry.groups, mask
+    )
+    result: Tensor = grads[which]
+    return result
+
+
+def emulated_forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Integer sums of the output, float32 (N, D', H', W', O)."""
+    axes = _axes(geometry, x.shape[1])
+    run = torch.conv2d if axes.start else torch.conv3d
+    stride, padding, dilation = (tuple(v[axes]) for v in (geometry.stride, geometry.padding, geometry.dilation))
+    image, kernel = _image(x, axes), _kernel(weight, geometry, axes)
+    return _codes_layout(run(image, kernel, None, stride, padding, dilation, geometry.groups), axes)
+
+
+def emulated_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, size: Triple) -> Tensor:
+    """Integer sums of the input gradient, float32 (N, D, H, W, C)."""
+    axes = _axes(geometry, size[0])
+    shape = (grad.shape[0], weight.shape[2] * geometry.groups, *tuple(size[axes]))
+    image = grad.new_empty((), dtype=torch.float32).expand(shape)
+    sums = _backward(_image(grad, axes), image, _kernel(weight, geometry, axes), geometry, axes, 0)
+    return _codes_layout(sums, axes)
+
+
+def emulated_weight_grad(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """Integer sums of the weight gradient, float32 (O, T, C / groups), contiguous."""
+    axes = _axes(geometry, x.shape[1])
+    shape = (grad.shape[-1], x.shape[-1] // geometry.groups, *tuple(geometry.kernel[axes]))
+    kernel = grad.new_empty((), dtype=torch.float32).expand(shape)
+    sums = _backward(_image(grad, axes), _image(x, axes), kernel, geometry, axes, 1)
+    return sums.flatten(2).transpose(1, 2).contiguous()

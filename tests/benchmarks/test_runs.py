@@ -1,0 +1,70 @@
+"""Every benchmark runs, at sizes at which its figures mean nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compile_time, memory, quality, quantizers, step
+
+Main = Callable[[Sequence[str]], int]
+
+
+def rows(folder: Path) -> list[dict]:
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text())["rows"]
+
+
+def test_quantizers(tmp_path: Path) -> None:
+    arguments = ["--sizes", "4096", "--rounds", "1", "--check", "--results", str(tmp_path)]
+    assert quantizers.main(arguments) == 0
+    pairs = {row["pair"] for row in rows(tmp_path)}
+    assert {"copy / copy", "fast luq_codes / copy", "naive luq_codes / copy"} <= pairs
+
+
+def test_step(tmp_path: Path) -> None:
+    variants = "bf16-mixed,luq4,luq4-smp2,luq4-hindsight,luq4-emulated,luq4-fallback,luq4+bf16-mixed"
+    arguments = ["--tiny", "--rounds", "1", "--variants", variants, "--check", "--results", str(tmp_path)]
+    assert step.main(arguments) == 0
+    found = rows(tmp_path)
+    assert len(found) == 3 * 8
+    assert all(row["value"]["median"] > 0 for row in found)
+
+
+def test_step_on_two_threads_uses_wall_time(tmp_path: Path) -> None:
+    arguments = ["--tiny", "--rounds", "1", "--model", "mlp", "--variants", "luq4", "--threads", "2"]
+    assert step.main([*arguments, "--results", str(tmp_path)]) == 0
+    assert {row["settings"]["clock"] for row in rows(tmp_path)} == {"wall"}
+
+
+def test_memory(tmp_path: Path) -> None:
+    assert memory.main(["--tiny", "--check", "--results", str(tmp_path)]) == 0
+    layers = {
+        (row["settings"]["model"], row["pair"]): row["value"]["median"]
+        for row in rows(tmp_path)
+        if row["settings"]["scope"] == "quantised layers"
+    }
+    assert layers["mlp", "bf16-mixed / fp32"] == 0.5
+    assert 0.125 <= layers["mlp", "luq4 / fp32"] < 0.13
+
+
+def test_compile_time(tmp_path: Path) -> None:
+    assert compile_time.main(["--tiny", "--rounds", "1", "--check", "--results", str(tmp_path)]) == 0
+    assert {"luq4 cold, first step", "luq4 warm, first step"} <= {row["pair"] for row in rows(tmp_path)}
+
+
+def test_quality(tmp_path: Path) -> None:
+    assert quality.main(["--tiny", "--seeds", "1", "--check", "--results", str(tmp_path)]) == 0
+    found = rows(tmp_path)
+    assert len(found) == 2 * 7
+    assert all(len(row["details"]["values"]) == 1 for row in found)
+
+
+@pytest.mark.parametrize("main", [step.main, quality.main, memory.main])
+def test_unknown_variants_are_refused(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--variants", "luq5"])
+    assert "luq5" in capsys.readouterr().err
