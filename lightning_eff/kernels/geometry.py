@@ -39,6 +39,10 @@ class Geometry:
         """A 1x1 convolution without stride or padding: the input is its own gather."""
         return self.kernel == (1, 1, 1) and self.stride == (1, 1, 1) and self.padding == (0, 0, 0)
 
+    def along(self, axis: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Stride, padding and dilation from ``axis`` on."""
+        return self.stride[axis:], self.padding[axis:], self.dilation[axis:]
+
     def taps(self) -> Tensor:
         """(3, T) offsets of the taps relative to ``o * stride``."""
         return _grid(
@@ -74,32 +78,32 @@ def _grid(axes: Sequence[Sequence[int]]) -> Tensor:
     ).contiguous()
 
 
-def _axes(geometry: Geometry, depth: int) -> slice:
-    """The axes torch's convolution needs: two where depth is 1 throughout, else three."""
-    return slice(1, 3) if depth == 1 and geometry.kernel[0] == 1 and geometry.padding[0] == 0 else slice(0, 3)
+def _axes(geometry: Geometry, depth: int) -> int:
+    """The first axis torch's convolution needs: 1 where depth is 1 throughout, else 0."""
+    return int(depth == 1 and geometry.kernel[0] == 1 and geometry.padding[0] == 0)
 
 
-def _image(codes: Tensor, axes: slice) -> Tensor:
+def _image(codes: Tensor, axes: int) -> Tensor:
     """(N, D, H, W, C) -> float32 (N, C, *axes), channels-last strides."""
     wide = codes.to(torch.float32).permute(0, 4, 1, 2, 3)
-    return wide.squeeze(2) if axes.start else wide
+    return wide.squeeze(2) if axes else wide
 
 
-def _codes_layout(image: Tensor, axes: slice) -> Tensor:
+def _codes_layout(image: Tensor, axes: int) -> Tensor:
     """Undo :func:`_image`, contiguous."""
-    return (image.unsqueeze(2) if axes.start else image).permute(0, 2, 3, 4, 1).contiguous()
+    return (image.unsqueeze(2) if axes else image).permute(0, 2, 3, 4, 1).contiguous()
 
 
-def _kernel(codes: Tensor, geometry: Geometry, axes: slice) -> Tensor:
+def _kernel(codes: Tensor, geometry: Geometry, axes: int) -> Tensor:
     """(O, T, C / groups) -> float32 (O, C / groups, *axes)."""
     channels, _, inputs = codes.shape
-    return codes.to(torch.float32).transpose(1, 2).reshape(channels, inputs, *tuple(geometry.kernel[axes]))
+    return codes.to(torch.float32).transpose(1, 2).reshape(channels, inputs, *geometry.kernel[axes:])
 
 
-def _backward(grad: Tensor, image: Tensor, kernel: Tensor, geometry: Geometry, axes: slice, which: int) -> Tensor:
+def _backward(grad: Tensor, image: Tensor, kernel: Tensor, geometry: Geometry, axes: int, which: int) -> Tensor:
     """Input gradient (``which`` 0) or weight gradient (1) of torch's convolution."""
     mask = [which == 0, which == 1, False]
-    stride, padding, dilation = (tuple(v[axes]) for v in (geometry.stride, geometry.padding, geometry.dilation))
+    stride, padding, dilation = geometry.along(axes)
     grads = torch.ops.aten.convolution_backward(
         grad, image, kernel, None, stride, padding, dilation, False, [0] * len(stride), geometry.groups, mask
     )
@@ -110,8 +114,8 @@ def _backward(grad: Tensor, image: Tensor, kernel: Tensor, geometry: Geometry, a
 def emulated_forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Integer sums of the output, float32 (N, D', H', W', O)."""
     axes = _axes(geometry, x.shape[1])
-    run = torch.conv2d if axes.start else torch.conv3d
-    stride, padding, dilation = (tuple(v[axes]) for v in (geometry.stride, geometry.padding, geometry.dilation))
+    run = torch.conv2d if axes else torch.conv3d
+    stride, padding, dilation = geometry.along(axes)
     image, kernel = _image(x, axes), _kernel(weight, geometry, axes)
     return _codes_layout(run(image, kernel, None, stride, padding, dilation, geometry.groups), axes)
 
@@ -119,7 +123,7 @@ def emulated_forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 def emulated_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, size: Triple) -> Tensor:
     """Integer sums of the input gradient, float32 (N, D, H, W, C)."""
     axes = _axes(geometry, size[0])
-    shape = (grad.shape[0], weight.shape[2] * geometry.groups, *tuple(size[axes]))
+    shape = (grad.shape[0], weight.shape[2] * geometry.groups, *size[axes:])
     image = grad.new_empty((), dtype=torch.float32).expand(shape)
     sums = _backward(_image(grad, axes), image, _kernel(weight, geometry, axes), geometry, axes, 0)
     return _codes_layout(sums, axes)
@@ -128,7 +132,7 @@ def emulated_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, size: 
 def emulated_weight_grad(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """Integer sums of the weight gradient, float32 (O, T, C / groups), contiguous."""
     axes = _axes(geometry, x.shape[1])
-    shape = (grad.shape[-1], x.shape[-1] // geometry.groups, *tuple(geometry.kernel[axes]))
+    shape = (grad.shape[-1], x.shape[-1] // geometry.groups, *geometry.kernel[axes:])
     kernel = grad.new_empty((), dtype=torch.float32).expand(shape)
     sums = _backward(_image(grad, axes), _image(x, axes), kernel, geometry, axes, 1)
     return sums.flatten(2).transpose(1, 2).contiguous()

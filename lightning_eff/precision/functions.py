@@ -101,7 +101,8 @@ class LinearFunction(torch.autograd.Function):
         saved = SavedInput(*ctx.saved_tensors) if ctx.saved_tensors else None
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):
-            grads = linear_backward(grad, saved, ctx.codes, ctx.state, *ctx.dtypes, needs)
+            x_dtype, w_dtype = ctx.dtypes
+            grads = linear_backward(grad, saved, ctx.codes, ctx.state, x_dtype, w_dtype, needs)
         return *grads, None, None
 
 
@@ -206,7 +207,10 @@ class ConvFunction(torch.autograd.Function):
         saved = SavedInput(*ctx.saved_tensors) if ctx.saved_tensors else None
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):
-            grads = conv_backward_last(grad, saved, ctx.codes, ctx.state, ctx.geometry, *ctx.rest, needs)
+            x_shape, w_shape, x_dtype, w_dtype = ctx.rest
+            grads = conv_backward_last(
+                grad, saved, ctx.codes, ctx.state, ctx.geometry, x_shape, w_shape, x_dtype, w_dtype, needs
+            )
         return *grads, None, None, None
 
 
