@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.plugins import Precision
 
     from lightning_eff.callbacks.low_precision import LowPrecisionMixin
+    from lightning_eff.callbacks.luq_fine_tuning import LUQFineTuningMixin
     from lightning_eff.precision.luq import LUQMixin
 
     class LUQPrecision(LUQMixin, Precision):
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
     class LowPrecision(LowPrecisionMixin, Callback):
         """Puts a low-precision method onto whatever precision plugin the Trainer has; needs no string."""
 
+    class LUQFineTuning(LUQFineTuningMixin, Callback):
+        """Trains the last steps of a luq4 run with INT4 weights alone."""
 
-__all__ = ["LUQPrecision", "LowPrecision"]
+
+__all__ = ["LUQFineTuning", "LUQPrecision", "LowPrecision"]
 
 _get = class_getter(__name__, "pytorch_lightning", {**public_shells("precision"), **public_shells("callback")})
 

@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
     from lightning_eff.callbacks.low_precision import LowPrecisionMixin
+    from lightning_eff.callbacks.luq_fine_tuning import LUQFineTuningMixin
 
     class LowPrecision(LowPrecisionMixin, Callback):
         """Puts a low-precision method onto whatever precision plugin the Trainer has; needs no string."""
 
+    class LUQFineTuning(LUQFineTuningMixin, Callback):
+        """Trains the last steps of a luq4 run with INT4 weights alone."""
 
-__all__ = ["LowPrecision"]
+
+__all__ = ["LUQFineTuning", "LowPrecision"]
 
 _get = class_getter(__name__, "lightning.pytorch", public_shells("callback"))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lightning_eff.precision.luq import LUQMixin
 
-    class LUQPrecision(LUQMixin, Precision):
+    class LUQPrecision(LUQMixin, Precision):  # type: ignore[misc]
         """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
 
 

@@ -24,16 +24,18 @@ _MASK64 = (1 << 64) - 1
 class SeedStream:
     """Seeds of the gradient rounding: a counter hashed with the run's seed, so that two integers resume it exactly.
 
-    It starts from ``torch.initial_seed()`` without drawing: the user's dropout masks and shuffles are those of the
-    run without the method.
+    It starts from ``torch.initial_seed()`` at first use, without drawing: the user's dropout masks and shuffles are
+    those of the run without the method.
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self.seed = torch.initial_seed() & _MASK64 if seed is None else seed
+        self.seed = seed
         self.calls = 0
 
     def next(self) -> int:
         """The next 64-bit seed (splitmix64 of the counter), different on every rank."""
+        if self.seed is None:
+            self.seed = torch.initial_seed() & _MASK64
         self.calls += 1
         z = (self.seed + self.calls * 0x9E3779B97F4A7C15) & _MASK64
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64

@@ -26,6 +26,7 @@ def test_quickstart_by_its_path(tmp_path: Path) -> None:
         assert words in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
 def test_add_to_your_project() -> None:
     from examples.add_to_your_project import main
 
