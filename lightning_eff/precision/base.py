@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_eff.errors import NoEffectWarning, NonFiniteGradientError
+from lightning_eff.errors import EffWarning, NoEffectWarning, NonFiniteGradientError
 from lightning_eff.integration.precision import check_strategy
 from lightning_eff.methods import MethodInfo
 from lightning_eff.precision.config import LUQConfig
@@ -153,28 +153,27 @@ class QuantizedPrecisionMixin:
         """Stop a non-finite gradient before it reaches a parameter, on every rank alike.
 
         One broken element makes the scale NaN and with it the layer's whole weight gradient, so one element of each
-        tells; gradients are already reduced here, so all ranks see the same.
+        tells (their sums do while products are not quantised). Gradients are already reduced here: all ranks see the
+        same.
         """
-        names, firsts = [], []
-        for owner, conversion in self._conversions.values():
-            for name in conversion.states:
-                for key, parameter in owner.get_submodule(name).named_parameters():
-                    if parameter.grad is not None and parameter.grad.numel():
-                        names.append(f"{name}.{key}")
-                        firsts.append(parameter.grad.detach().as_strided((), ()).float())
-        if not firsts or bool(torch.isfinite(torch.stack(firsts)).all()):
+        found = [(name, weight.grad.detach()) for name, weight in self._weights() if weight.grad is not None]
+        probes = [grad.sum() if self.weights_only else grad.as_strided((), ()) for _, grad in found if grad.numel()]
+        if not probes or bool(torch.isfinite(torch.stack(probes)).all()):
             return
-        broken = [name for name, first in zip(names, firsts, strict=True) if not bool(torch.isfinite(first))]
+        broken = [name for name, grad in found if not bool(torch.isfinite(grad).all())]
         message = (
             f"{self.info.name}: the gradient is NaN or Inf at optimizer step {step} (rank {_rank()}) in "
-            f"{len(broken)} of {len(names)} parameters: {', '.join(broken[:8])}{' ...' if len(broken) > 8 else ''}. "
+            f"{len(broken)} of {len(found)} weights: {', '.join(broken[:8])}{' ...' if len(broken) > 8 else ''}. "
         )
         if self.config.on_nonfinite == "raise":
             raise NonFiniteGradientError(
                 message + "No parameter was changed in this step. Lower the learning rate or clip gradients; "
                 "torch.autograd.set_detect_anomaly(True) names the operation; on_nonfinite='warn' goes on regardless."
             )
-        warnings.warn(message + "The optimizer step goes on as asked.", RuntimeWarning, stacklevel=2)
+        warnings.warn(message + "The optimizer step goes on as asked.", EffWarning, stacklevel=2)
+
+    def _weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return (pair for _, conversion in self._conversions.values() for pair in conversion.weights)
 
     def _publish(self, trainer: Any) -> None:
         """Log the figures of a sampled step, the mean over layers."""

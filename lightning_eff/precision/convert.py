@@ -30,10 +30,11 @@ class Layer:
 
 @dataclass
 class Conversion:
-    """What :func:`convert` did: the table, the converted layers' states, and the way back."""
+    """What :func:`convert` did: the table, the converted layers' states and weights, and the way back."""
 
     rows: list[Layer] = field(default_factory=list)
     states: dict[str, LayerState] = field(default_factory=dict)
+    weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     _encoders: list[tuple[nn.Module, int]] = field(default_factory=list)
 
@@ -166,6 +167,7 @@ def _swap(module: nn.Module, name: str, config: LUQConfig, seeds: SeedStream, re
     state = LayerState(name, config, seeds)
     result.modules.append((module, type(module)))
     result.states[name] = state
+    result.weights += [(f"{name}.{key}", p) for key, p in module.named_parameters() if p.dim() >= 2]
     module.__class__ = _with_base(twin, type(module))
     module.__dict__[STATE] = state
 

@@ -18,7 +18,7 @@ import lightning_eff
 from lightning_eff.methods import METHODS
 from tests.integration import demo_shell
 
-collect_ignore = ["scripts"]  # projects to be run, not modules to be searched for doctests
+collect_ignore = ["scripts", "third_party"]  # projects to be run, not modules to be searched for doctests
 ROOT = Path(lightning_eff.__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
 ROOTS = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
@@ -62,13 +62,15 @@ def _model(root: str) -> type[Any]:
     return Model
 
 
-def run_python(*arguments: str, cwd: Path, timeout: float = 100, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: str, cwd: Path, timeout: float = 100, python: str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a fresh interpreter with this package importable and return what it did."""
     env = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")}
     path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     env.update(PYTHONPATH=path, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", **environment)
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
+        [python, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -76,3 +78,21 @@ def reports(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     """Return the lines of JSON a test script has printed, after checking that it ended well."""
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def make_environment(folder: Path, *requirements: str) -> str:
+    """Make a virtual environment with this torch and the given packages; return its interpreter.
+
+    torch comes first, so that nothing brings another; torchvision is left out on purpose (no CPU build on PyPI).
+    """
+    python = str(folder / "bin" / "python")
+    torch_requirement = f"torch=={torch.__version__.partition('+')[0]}"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for command in (
+        [sys.executable, "-m", "venv", str(folder)],
+        [*install, torch_requirement],
+        [*install, torch_requirement, *requirements],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-3000:]}"
+    return python

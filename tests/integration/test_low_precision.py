@@ -63,7 +63,9 @@ def test_it_refuses_the_loss_scaler(ns: SimpleNamespace, callback: type[Any]) ->
 
 def test_it_refuses_a_strategy(ns: SimpleNamespace, callback: type[Any]) -> None:
     trainer = ns.trainer()
-    trainer.strategy.__class__ = type("SomebodysStrategy", (ns.strategies.Strategy,), dict(vars(type(trainer.strategy))))
+    trainer.strategy.__class__ = type(
+        "SomebodysStrategy", (ns.strategies.Strategy,), dict(vars(type(trainer.strategy)))
+    )
     with pytest.raises(UnsupportedCombinationError, match=r"SomebodysStrategy \(family 'unknown'\)"):
         callback("demo4").setup(trainer, None, "fit")
 

@@ -45,7 +45,8 @@ def test_two_trainers_do_not_share_a_choice(ns: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"), [("demo5", "demo4"), ("luq5", "luq4"), ("bf16-mixd", "bf16-mixed"), ("BF16-mixed", "bf16-mixed")]
+    ("given", "meant"),
+    [("demo5", "demo4"), ("luq5", "luq4"), ("bf16-mixd", "bf16-mixed"), ("BF16-mixed", "bf16-mixed")],
 )
 def test_unknown_names_get_the_nearest(ns: SimpleNamespace, given: str, meant: str) -> None:
     for build in (ns.trainer, ns.fabric):
@@ -170,7 +171,9 @@ def test_graft_is_done_once_and_refuses_contradictions(ns: SimpleNamespace) -> N
         graft(plugin, "demo4", levels=7)
     with pytest.raises(UnsupportedCombinationError, match="already carries 'demo4'; 'other8' cannot"):
         graft(plugin, "other8")
-    with pytest.raises(ConfigurationError, match=r"no option 'level'. Did you mean 'levels'\? Its options: levels, smp"):
+    with pytest.raises(
+        ConfigurationError, match=r"no option 'level'. Did you mean 'levels'\? Its options: levels, smp"
+    ):
         graft(ns.plugins.Precision(), "demo4", level=8)
 
 

@@ -110,9 +110,7 @@ class Suite:
     def check_refusals(self) -> None:
         for build in (self.trainer, self.fabric):
             refused(UnknownMethodError, "Did you mean 'luq4'?", lambda build=build: build(precision="luq5"))
-            refused(
-                UnsupportedCombinationError, "scaler", lambda build=build: build(precision="luq4+16-mixed")
-            )
+            refused(UnsupportedCombinationError, "scaler", lambda build=build: build(precision="luq4+16-mixed"))
         refused(ValueError, "Received both", lambda: self.trainer(precision="luq4", plugins=[self.plugin()]))
         if hasattr(self.strategies, "ModelParallelStrategy"):  # since 2.3
             strategy = self.strategies.ModelParallelStrategy()
