@@ -167,8 +167,9 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}-{chip}-{date}.json"
         rows = [row.as_dict() for row in self.rows]
-        content = {"machine": where, "options": vars(options), "rows": rows, "notes": self.notes}
-        path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        chosen = {name: value for name, value in vars(options).items() if name != "results"}
+        content = {"machine": where, "options": chosen, "rows": rows, "notes": self.notes}
+        path.write_text(json.dumps(content, indent=1) + "\n")
         return path
 
     def finish(self, options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = Path(os.environ.get("LIGHTNING_EFF_PEERS", ROOT / ".venv-peers"))
 MODULES = {"qpytorch": "qtorch", "brevitas": "brevitas"}
-REQUIREMENTS = ("qtorch==0.3.0", "ninja", "brevitas==0.13.4", "rich")
+REQUIREMENTS = ("qtorch==0.3.0", "ninja", "brevitas==0.13.4", "rich", "scikit-learn")
 HOW = "python -m benchmarks.peers setup"
 
 __all__ = ["ENVIRONMENT", "MODULES", "enter", "missing"]

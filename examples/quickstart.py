@@ -38,7 +38,7 @@ def digits(options: argparse.Namespace) -> tuple[Task, dict[str, Any]]:
     """Return the CNN task and how its numbers are shown."""
     width, epochs = (16, 1) if options.fast else (64, 12)
     task = Task("CNN on digits", "val_accuracy", lambda _seed: (DigitsCNN(width), DigitsData()), epochs)
-    shown = {"quality": "accuracy, %", "factor": 100.0, "higher_is_better": True}
+    shown = {"quality": "accuracy (%)", "factor": 100.0, "higher_is_better": True}
     return task, {**shown, "loss_label": "training loss, nats", "loss_factor": 1.0}
 
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(outcome_table(outcomes[-1]))
     path = figure(outcomes, options.output / "loss_curves.png")
     for outcome in outcomes:
-        console.print(verdict(outcome), highlight=False)
+        console.print(verdict(outcome), highlight=False, soft_wrap=True)
     console.print(f"Loss curves: {path}", highlight=False)
     return 0
 

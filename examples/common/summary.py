@@ -17,6 +17,7 @@ from examples.common.compare import Run
 __all__ = ["Outcome", "figure", "outcome_table", "verdict"]
 
 BASE = "fp32"
+LOG_RANGE = 30
 SHOWN = 0.01  # metrics are printed with two decimals
 
 
@@ -151,9 +152,11 @@ def figure(outcomes: Sequence[Outcome], path: Path) -> Path:
             axis.plot(range(1, len(losses) + 1), _smooth(losses, max(1, len(losses) // 50)), label=variant, **style)
         seeds = len(outcome.runs[BASE])
         axis.set_title(f"{outcome.title} ({seeds} seed{'s' if seeds > 1 else ''})")
-        axis.set_yscale("log")  # late in training all losses are small
+        low, high = axis.dataLim.intervaly
+        scale = "log" if low > 0 and high > LOG_RANGE * low else "linear"  # else small losses are all one line
+        axis.set_yscale(scale)
         axis.set_xlabel("optimizer step")
-        axis.set_ylabel(f"{outcome.loss_label}; smoothed, log scale")
+        axis.set_ylabel(f"{outcome.loss_label}; smoothed, {scale} scale")
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

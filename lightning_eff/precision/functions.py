@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_eff.errors import UnsupportedLayerError
 from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels.convolution import conv_forward, conv_input_grad, conv_weight_grad
 from lightning_eff.kernels.geometry import Geometry, Triple
@@ -37,6 +37,14 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+def _refuse_double_backward(state: LayerState) -> None:
+    if torch.is_grad_enabled():  # create_graph=True: the result would silently lack its own gradient
+        raise UnsupportedLayerError(
+            f"{state.name}: a gradient of a gradient (create_graph=True, gradient penalties) is not defined through "
+            f"quantised products. Leave the layer in high precision: exempt=[{state.name!r}]."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- linear
@@ -95,9 +103,9 @@ class LinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See :func:`linear_backward`."""
+        _refuse_double_backward(ctx.state)
         saved = SavedInput(*ctx.saved_tensors) if ctx.saved_tensors else None
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):
@@ -201,9 +209,9 @@ class ConvFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See :func:`conv_backward_last`."""
+        _refuse_double_backward(ctx.state)
         saved = SavedInput(*ctx.saved_tensors) if ctx.saved_tensors else None
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):

@@ -50,7 +50,7 @@ def made_up(ours: list[float], *, time: float, kept: int, higher_is_better: bool
 
     return Outcome(
         title="made up",
-        quality="accuracy, %",
+        quality="accuracy (%)",
         factor=100.0,
         higher_is_better=higher_is_better,
         loss_label="loss, nats",

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional, Union, get_args
+from typing import Any, Optional, get_args
 
 import pytest
 
@@ -105,5 +105,5 @@ def test_widening_adds_to_every_layer_once() -> None:
     for _ in range(2):
         widen_precision(function)
     for layer in (function, postponed):
-        assert layer.__annotations__["precision"] == Union[int, None, PrecisionName]
+        assert layer.__annotations__["precision"] == int | None | PrecisionName
         assert get_args(layer.__annotations__["precision"]).count(PrecisionName) == 1

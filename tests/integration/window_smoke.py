@@ -29,13 +29,13 @@ PAIRS = (("lightning.pytorch", "lightning.fabric"), ("pytorch_lightning", "light
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """A check found something else than it expected."""
 
 
 def expect(condition: bool, what: object) -> None:
     if not condition:
-        raise Failed(str(what))
+        raise FailedError(str(what))
 
 
 def refused(error: type[Exception], words: str, build: Callable[[], object]) -> None:
@@ -44,7 +44,7 @@ def refused(error: type[Exception], words: str, build: Callable[[], object]) -> 
     except error as caught:
         expect(words in str(caught), f"message lacks {words!r}: {caught}")
         return
-    raise Failed(f"{error.__name__} was not raised")
+    raise FailedError(f"{error.__name__} was not raised")
 
 
 class Suite:
@@ -169,7 +169,7 @@ def main() -> int:
         try:
             check()
             print("ok    ", name, flush=True)
-        except Exception:
+        except Exception:  # noqa: BLE001, PERF203 - every check is run and reported
             traceback.print_exc()
             print("FAILED", name, flush=True)
             failures.append(name)

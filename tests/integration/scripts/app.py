@@ -1,8 +1,9 @@
-"""A project that knows nothing of lightning_eff. Prints one line of JSON per rank and fit: what its middle layer was."""
+"""A project that knows nothing of lightning_eff. Prints one line of JSON per rank: what its middle layer was."""
 
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,8 +23,8 @@ class AppModel(LightningModule):
                 "base": plugin.precision,
                 "swapped": type(self.net[1]) is not torch.nn.Linear,
                 "argv": sys.argv[1:],
-                "script": os.path.basename(sys.argv[0]),
-                "main_file": os.path.basename(__file__),
+                "script": Path(sys.argv[0]).name,
+                "main_file": Path(__file__).name,
             }
             os.write(1, (json.dumps(report) + "\n").encode())  # one write: ranks share the pipe
         return self.net(batch).square().mean()
