@@ -106,7 +106,8 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See :func:`linear_backward`."""
         _refuse_double_backward(ctx.state)
-        saved = SavedInput(*ctx.saved_tensors) if ctx.saved_tensors else None
+        tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes on every read
+        saved = SavedInput(*tensors) if tensors else None
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):
             x_dtype, w_dtype = ctx.dtypes
@@ -212,7 +213,8 @@ class ConvFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See :func:`conv_backward_last`."""
         _refuse_double_backward(ctx.state)
-        saved = SavedInput(*ctx.saved_tensors) if ctx.saved_tensors else None
+        tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes on every read
+        saved = SavedInput(*tensors) if tensors else None
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):
             x_shape, w_shape, x_dtype, w_dtype = ctx.rest
