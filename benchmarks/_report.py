@@ -153,7 +153,7 @@ class Report:
         for row in self.rows:
             value, unit = row.value, f" {row.unit}" if row.unit else ""
             cells = [str(row.settings.get(column, "")) for column in self.columns]
-            cells += [row.pair, f"{value.median:.3g}{unit}", f"{value.low:.3g}..{value.high:.3g}"]
+            cells += [row.pair, f"{value.median:.4g}{unit}", f"{value.low:.4g}..{value.high:.4g}"]
             table.add_row(*cells, "" if row.target is None else f"<= {row.target:g}", marks[row.ok])
         return table
 

@@ -44,7 +44,9 @@ def uniform_bits(numel: int, seed: int, *, device: torch.device | str | None = N
         int32 of shape ``(numel,)``.
     """
     rows = torch.arange((numel + ROW - 1) // ROW, dtype=torch.int32, device=device)
-    row_seed = mix32(mix32(rows ^ _signed(seed)) + _signed(seed >> 32))
+    # The low word is mixed first: a seed and its successor (a counter) must not share the bits of any two rows.
+    low = mix32(torch.tensor(_signed(seed), dtype=torch.int32, device=device))
+    row_seed = mix32(mix32(rows ^ low) + _signed(seed >> 32))
     column = (torch.arange(ROW, dtype=torch.int64, device=device) * _GOLDEN & _MASK).to(torch.int32)
     return mix32(row_seed[:, None] + column).reshape(-1)[:numel]
 

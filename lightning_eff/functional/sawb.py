@@ -11,13 +11,17 @@ codes 0..15:
   coefficients as top of the range, ``step = clip / 15``. Ours; wastes no level on the zeros.
 * ``"reference"``: statistics of all elements with zeros, ``step = 2 clip / 15``, as the authors of LUQ published it.
 
+Data flatter than uniform, mean(|x|) > 0.87 rms, lie outside the family the coefficients were fitted to: the formula
+falls steeply there, to 5 dB SQNR for sigmoid(N(0, 1)) and to 0 dB for constant data. 4-bit tensors then use
+``clip = min(max|x|, 2 rms)``, except in ``"reference"``.
+
 Rounding is to the nearest code, ties to even. Gradients pass straight through (no clipping mask), as in LUQ.
 
 References:
     Choi et al., Bridging the Accuracy Gap for 2-bit Quantized Neural Networks, 2018, arXiv:1807.06964 (SAWB).
     Chmiel et al., ICLR 2023, arXiv:2112.10769, section 4 (use in LUQ).
 Differs: 15 symmetric levels (IBM's "code 403" coefficients) instead of 16, so that zero is a code and a code fits
-    four signed bits; ``"mirror5"``.
+    four signed bits; ``"mirror5"``; the range of flat data.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ COEFFICIENTS: dict[str, dict[int, tuple[float, float]]] = {
     "reference": {4: (12.1, -12.2)},
 }
 """(c1, c2) by kind and bits; see the table of published sets on the method card."""
+FLAT = 0.87
+"""Largest mean(|x|) / rms the 4-bit coefficients are for: just above the 0.866 of uniform data."""
 
 
 def _check(bits: int, unsigned: Unsigned) -> tuple[float, float]:
@@ -64,7 +70,7 @@ def sawb_scale(x: Tensor, *, bits: int = 4, unsigned: Unsigned = False) -> Tenso
 
     Returns:
         0-d float32, at least the smallest normal number; NaN when ``x`` holds NaN or Inf. Where the formula gives no
-        positive range (nearly binary data) the largest magnitude is used.
+        positive finite range (nearly binary data, squares beyond float32) the largest magnitude is used.
 
     Raises:
         ConfigurationError: unknown ``bits`` or ``unsigned``.
@@ -75,13 +81,14 @@ def sawb_scale(x: Tensor, *, bits: int = 4, unsigned: Unsigned = False) -> Tenso
     if x.numel() == 0:
         return torch.full((), TINY, device=x.device)
     kept = x[x > 0] if unsigned == "mirror5" else x
-    largest = x.abs().max()
-    count = max(kept.numel(), 1)
-    clip = (
-        c1 * (kept.square().sum(dtype=torch.float64) / count).sqrt() + c2 * kept.abs().sum(dtype=torch.float64) / count
-    )
-    top = 2 if unsigned == "reference" else 1
-    step = torch.where(clip > 0, clip.to(torch.float32) * top, largest) / high
+    largest, count = x.abs().max(), max(kept.numel(), 1)
+    rms = (kept.square().sum(dtype=torch.float64) / count).sqrt()
+    mean = kept.abs().sum(dtype=torch.float64) / count
+    clip = (c1 * rms + c2 * mean).to(torch.float32)
+    clip = torch.where((clip > 0) & clip.isfinite(), clip, largest * (0.5 if unsigned == "reference" else 1))
+    if bits == 4 and unsigned != "reference":
+        clip = torch.where(mean > FLAT * rms, torch.minimum(largest, (2 * rms).to(torch.float32)), clip)
+    step = clip / (high / 2 if unsigned == "reference" else high)
     return torch.where(largest.isfinite(), step.clamp(min=TINY), torch.nan)
 
 

@@ -51,7 +51,6 @@ def widen_precision(function: Callable[..., Any]) -> None:
         present = annotations.get("precision")
         if isinstance(present, str):  # a module with postponed annotations
             present = typing.get_type_hints(layer)["precision"]
-        if present is not None and PrecisionName not in typing.get_args(present):
-            annotations["precision"] = present | PrecisionName
-            layer.__annotations__ = annotations
+        if present is not None:
+            layer.__annotations__ = {**annotations, "precision": present | PrecisionName}
         layer = getattr(layer, "__wrapped__", None)

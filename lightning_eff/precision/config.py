@@ -58,7 +58,7 @@ class LUQConfig:
     exempt: tuple[str, ...] = ()
     exempt_first_last: bool = True
     products: Products = "auto"
-    measure_every_n_steps: int = 0
+    measure_every_n_steps: int = 1000
     on_nonfinite: OnNonFinite = "raise"
 
     def __post_init__(self) -> None:

@@ -35,7 +35,8 @@ class LUQMixin(QuantizedPrecisionMixin):
         exempt: name patterns (``"*.head"``) of layers to leave in high precision.
         exempt_first_last: leave the first and the last layer in high precision (an embedding counts as the first).
         products: ``"auto"`` (measured once per machine), ``"native"`` int8 or ``"emulated"``.
-        measure_every_n_steps: log the ``eff/luq4/*`` figures every n optimizer steps; 0 never.
+        measure_every_n_steps: log the ``eff/luq4/*`` figures every n optimizer steps, at the cost of a few passes over
+            the tensors in those steps; 0 never.
         on_nonfinite: ``"raise"`` before a NaN or Inf gradient reaches a parameter, or ``"warn"``.
 
     Raises:
@@ -61,7 +62,7 @@ class LUQMixin(QuantizedPrecisionMixin):
         exempt: Sequence[str] = (),
         exempt_first_last: bool = True,
         products: Products = "auto",
-        measure_every_n_steps: int = 0,
+        measure_every_n_steps: int = 1000,
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_eff.errors import FallbackWarning
+from lightning_eff.errors import FallbackWarning, UnsupportedCombinationError
 from lightning_eff.integration import lazy
 from lightning_eff.integration.connector import is_patched, patch_connector
 from lightning_eff.integration.namespaces import NAMESPACES, Namespace
@@ -133,3 +133,19 @@ def test_patching_a_subclassed_connector_is_seen_once() -> None:
     Connector()._check_config_and_set_final_flags("demo4+bf16-mixed")  # positionally as well as by keyword
     Connector()._check_config_and_set_final_flags(precision="demo4")
     assert calls == [None, "bf16-mixed", "32-true"]
+
+
+def test_our_refusal_comes_before_lightnings_own_failure() -> None:
+    class Connector:
+        strategy = type("FSDPStrategy", (), {})()
+
+        def _check_config_and_set_final_flags(self, precision: object, plugins: object = None) -> None: ...
+
+        def _check_and_init_precision(self) -> Any:
+            raise RuntimeError("FSDP needs something else")
+
+    patch_connector(Connector)
+    connector = Connector()
+    connector._check_config_and_set_final_flags("demo4")
+    with pytest.raises(UnsupportedCombinationError, match=r"FSDPStrategy \(family 'fsdp'\)"):
+        connector._check_and_init_precision()

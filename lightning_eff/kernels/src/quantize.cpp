@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t BLOCK = 2048;       // elements per block, and per row of the random stream
 constexpr int64_t PARALLEL = 32768;   // fewer elements than this stay on one thread
 constexpr int32_t MAGNITUDE = 0x7FFFFFFF;
+constexpr double FLAT = 0.87;          // mean(|x|) / rms above which SAWB's formula does not hold
 constexpr float TINY = 1.17549435e-38f;  // smallest normal float32
 
 using std::int64_t;
@@ -39,7 +40,7 @@ inline uint32_t mix(uint32_t h) {  // lowbias32 (C. Wellons), a bijection with l
 }
 
 inline uint32_t row_seed(uint64_t seed, int64_t row) {
-    return mix(mix(static_cast<uint32_t>(row) ^ static_cast<uint32_t>(seed)) + static_cast<uint32_t>(seed >> 32));
+    return mix(mix(static_cast<uint32_t>(row) ^ mix(static_cast<uint32_t>(seed))) + static_cast<uint32_t>(seed >> 32));
 }
 
 struct Moments { double abs = 0, square = 0, nonzero = 0; int32_t max_bits = 0; int32_t negative = 0; };
@@ -170,10 +171,10 @@ void eff_sawb_scale(const void* x, int type, int64_t n, int unsigned_mode, const
     const int row = positive ? unsigned_mode : 0;
     const double count = row == 1 ? m.nonzero : static_cast<double>(n);
     const float max_abs = as_float(m.max_bits);
-    float clip = 0.0f;
-    if (count > 0) clip = static_cast<float>(coefficients[2 * row] * std::sqrt(m.square / count) +
-                                             coefficients[2 * row + 1] * (m.abs / count));
-    if (clip <= 0.0f) clip = row == 2 ? max_abs / 2 : max_abs;
+    const double rms = count > 0 ? std::sqrt(m.square / count) : 0.0, mean = count > 0 ? m.abs / count : 0.0;
+    float clip = static_cast<float>(coefficients[2 * row] * rms + coefficients[2 * row + 1] * mean);
+    if (!(clip > 0.0f && std::isfinite(clip))) clip = row == 2 ? max_abs / 2 : max_abs;
+    if (row != 2 && mean > FLAT * rms) clip = std::min(max_abs, static_cast<float>(2 * rms));
     const float steps = row == 0 ? 7.0f : row == 1 ? 15.0f : 7.5f;
     const float value = clip / steps;
     *scale = std::isfinite(max_abs) ? std::max(value, TINY) : as_float(0x7FC00000);
