@@ -87,7 +87,8 @@ def sawb_scale(x: Tensor, *, bits: int = 4, unsigned: Unsigned = False) -> Tenso
     clip = (c1 * rms + c2 * mean).to(torch.float32)
     clip = torch.where((clip > 0) & clip.isfinite(), clip, largest * (0.5 if unsigned == "reference" else 1))
     if bits == 4 and unsigned != "reference":
-        clip = torch.where(mean > FLAT * rms, torch.minimum(largest, (2 * rms).to(torch.float32)), clip)
+        wide = (2 * torch.maximum(rms, mean)).to(torch.float32)  # rms < mean only where tiny squares underflow
+        clip = torch.where(mean > FLAT * rms, torch.minimum(largest, wide), clip)
     step = clip / (high / 2 if unsigned == "reference" else high)
     return torch.where(largest.isfinite(), step.clamp(min=TINY), torch.nan)
 

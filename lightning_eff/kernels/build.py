@@ -35,6 +35,8 @@ SIGNATURES = {
     "eff_luq_scale": (_P, _I, _I, _P),
     "eff_luq_codes": (_P, _I, _L, _P, _P, _I, ctypes.c_uint64, _P, _P, _I),
     "eff_unpack": (_P, _L, _I, _P, _I),
+    "eff_relu": (_P, _I, _L, _P, _P, _I),
+    "eff_relu_grad": (_P, _I, _P, _L, _P, _I),
     "eff_scale": (_P, _I, _L, _L, _P, _P, _F, _P, _P, _I, _L, _I),
     "eff_gather": (_P, _L, _P, _L, _P, _P, _L, _P, _P, _I),
 }

@@ -32,7 +32,8 @@ class _Scratch(threading.local):
     def __call__(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < numel:
-            buffer = self.buffers[name, dtype] = torch.empty(numel, dtype=dtype)
+            with torch.inference_mode(False):  # a buffer made in validation must serve training too
+                buffer = self.buffers[name, dtype] = torch.empty(numel, dtype=dtype)
         return buffer[:numel]
 
 

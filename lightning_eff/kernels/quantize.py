@@ -164,9 +164,11 @@ def luq_codes(
 
 def sawb_codes(x: Tensor, *, bits: int = 4, unsigned: Unsigned = False, scale: Tensor | None = None) -> Codes:
     """INT4 codes, see :func:`lightning_eff.functional.sawb_codes`."""
-    if bits != 4 or (unsigned and x.numel() and bool((x < 0).any())):
-        return functional.sawb_codes(x, bits=bits, unsigned=unsigned, scale=scale)
-    return sawb_encode(x, unsigned=unsigned, scale=scale)[0]
+    if bits == 4:
+        codes, _, is_unsigned = sawb_encode(x, unsigned=unsigned, scale=scale)
+        if is_unsigned == bool(unsigned):
+            return codes
+    return functional.sawb_codes(x, bits=bits, unsigned=unsigned, scale=scale)
 
 
 def sawb_quantize(x: Tensor, *, bits: int = 4, unsigned: Unsigned = False) -> Tensor:

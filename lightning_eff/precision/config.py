@@ -57,6 +57,7 @@ class LUQConfig:
     gradient_rounding: Rounding = "luq"
     exempt: tuple[str, ...] = ()
     exempt_first_last: bool = True
+    pack_relu: bool = True
     products: Products = "auto"
     measure_every_n_steps: int = 1000
     on_nonfinite: OnNonFinite = "raise"
@@ -70,6 +71,7 @@ class LUQConfig:
         check_choice("products", self.products, get_args(Products))
         check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         check_bool("power_of_two", self.power_of_two)
+        check_bool("pack_relu", self.pack_relu)
         check_bool("exempt_first_last", self.exempt_first_last)
         momentum = self.hindsight
         is_number = isinstance(momentum, (int, float)) and not isinstance(momentum, bool)

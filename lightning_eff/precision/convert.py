@@ -12,7 +12,8 @@ from lightning_eff.errors import ConfigurationError
 from lightning_eff.precision import operators  # noqa: F401 - registers what compiled graphs call
 from lightning_eff.precision.config import LUQConfig
 from lightning_eff.precision.layers import STATE, twin_of
-from lightning_eff.precision.state import LayerState, SeedStream
+from lightning_eff.precision.relu import PackedReLU
+from lightning_eff.precision.state import LayerState, RecentInputs, SeedStream
 
 _SUPPORTED = "Linear, Conv1d, Conv2d, Conv3d, MultiheadAttention, transformers' Conv1D"
 _FAST_PATH = "activation_relu_or_gelu"
@@ -144,15 +145,18 @@ def convert(model: nn.Module, config: LUQConfig, seeds: SeedStream | None = None
     Raises:
         ConfigurationError: a pattern in ``config.exempt`` matches no layer.
     """
-    seeds = SeedStream() if seeds is None else seeds
+    seeds, recent = SeedStream() if seeds is None else seeds, RecentInputs()
     result, found = Conversion(), list(_candidates(model))
     _check_patterns(config, [name for name, _ in found])
     for name, reason in _reasons(found, config).items():
         module = model.get_submodule(name)
         result.rows.append(Layer(name, type(module).__name__, _shape(module), reason))
         if not reason:
-            _swap(module, name, config, seeds, result)
+            _swap(module, LayerState(name, config, seeds, recent), result)
     for module in model.modules():
+        if config.pack_relu and type(module) is nn.ReLU and result.states:
+            result.modules.append((module, nn.ReLU))
+            module.__class__ = PackedReLU
         # The fused inference path of TransformerEncoderLayer reads raw weights; this value makes torch refuse it.
         if isinstance(module, nn.TransformerEncoderLayer) and getattr(module, _FAST_PATH, False):
             result._encoders.append((module, getattr(module, _FAST_PATH)))
@@ -160,11 +164,10 @@ def convert(model: nn.Module, config: LUQConfig, seeds: SeedStream | None = None
     return result
 
 
-def _swap(module: nn.Module, name: str, config: LUQConfig, seeds: SeedStream, result: Conversion) -> None:
-    twin = twin_of(module)
+def _swap(module: nn.Module, state: LayerState, result: Conversion) -> None:
+    twin, name = twin_of(module), state.name
     if twin is None:  # _reasons gives every layer without a twin a reason
         raise RuntimeError(f"internal error: {name} has no twin")
-    state = LayerState(name, config, seeds)
     result.modules.append((module, type(module)))
     result.states[name] = state
     result.weights += [(f"{name}.{key}", p) for key, p in module.named_parameters() if p.dim() >= 2]

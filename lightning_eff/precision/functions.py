@@ -50,13 +50,18 @@ def _refuse_double_backward(state: LayerState) -> None:
 # ---------------------------------------------------------------------------------------------------------- linear
 
 
+def _to_rows(x: Tensor) -> Tensor:
+    """(..., I) -> (rows, I)."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, *, save: bool, cached: bool = True
 ) -> tuple[Tensor, SavedInput | None, Codes]:
     """``x`` (..., I), ``weight`` (O, I) -> output (..., O), what backward needs of x, and the weight's codes."""
     dtype = _result_dtype(x)
     with _no_autocast(x):
-        codes, saved = state.encode_input(x.reshape(-1, x.shape[-1]), save=save)
+        codes, saved = state.encode_input(x, _to_rows, save=save, cached=cached)
         matrix = state.encode_weight(weight, cached=cached)
         transposed = Codes(matrix.codes.t(), matrix.scale)
         y = scaled_product(codes, transposed, native=state.native(x.device), bias=bias, dtype=dtype)
@@ -157,7 +162,7 @@ def conv_forward_last(
     """``x`` (N, C, *space), ``weight`` (O, C / groups, *kernel) -> output, what backward needs, weight codes."""
     dtype = _result_dtype(x)
     with _no_autocast(x):
-        codes, saved = state.encode_input(_to_last(x), save=save)
+        codes, saved = state.encode_input(x, _to_last, save=save, cached=cached)
         kernel = state.encode_weight(weight, cached=cached, arrange=_taps_before_channels)
         y = conv_forward(codes, kernel, geometry, native=state.native(x.device), bias=bias, dtype=dtype)
     return _to_first(y, x.dim() - 2), saved, kernel

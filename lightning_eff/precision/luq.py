@@ -34,6 +34,7 @@ class LUQMixin(QuantizedPrecisionMixin):
         gradient_rounding: ``"luq"``; ``"no_underflow"``, ``"no_log_rounding"`` and ``"nearest"`` are biased ablations.
         exempt: name patterns (``"*.head"``) of layers to leave in high precision.
         exempt_first_last: leave the first and the last layer in high precision (an embedding counts as the first).
+        pack_relu: let ``nn.ReLU`` modules keep one bit per element for backward; their numbers do not change.
         products: ``"auto"`` (measured once per machine), ``"native"`` int8 or ``"emulated"``.
         measure_every_n_steps: log the ``eff/luq4/*`` figures every n optimizer steps, at the cost of a few passes over
             the tensors in those steps; 0 never.
@@ -61,6 +62,7 @@ class LUQMixin(QuantizedPrecisionMixin):
         gradient_rounding: Rounding = "luq",
         exempt: Sequence[str] = (),
         exempt_first_last: bool = True,
+        pack_relu: bool = True,
         products: Products = "auto",
         measure_every_n_steps: int = 1000,
         on_nonfinite: OnNonFinite = "raise",
@@ -75,6 +77,7 @@ class LUQMixin(QuantizedPrecisionMixin):
             gradient_rounding=gradient_rounding,
             exempt=exempt,
             exempt_first_last=exempt_first_last,
+            pack_relu=pack_relu,
             products=products,
             measure_every_n_steps=measure_every_n_steps,
             on_nonfinite=on_nonfinite,

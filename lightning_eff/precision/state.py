@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,43 @@ class SavedInput(NamedTuple):
     scale: Tensor
 
 
+Arrange = Callable[[Tensor], Tensor]
+
+
+class RecentInputs:
+    """The last inputs that were encoded for backward: layers that share an input share its codes.
+
+    Query, key and value projections read one tensor, as do the two branches of a residual block; float32 keeps it once,
+    so the packed codes are kept, and made, once too. The inputs themselves are not kept alive.
+    """
+
+    CAPACITY = 3
+    """A residual block reads its input, then something else, then its input again for the shortcut."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[weakref.ref[Tensor], tuple[Any, ...], SavedInput, torch.Size]] = []
+
+    @staticmethod
+    def _key(x: Tensor, arrange: Arrange) -> tuple[Any, ...]:
+        return (x._version, x.data_ptr(), x.shape, x.stride(), x.dtype, arrange, fingerprint(x))
+
+    def find(self, x: Tensor, arrange: Arrange) -> tuple[SavedInput, torch.Size] | None:
+        """What was kept for ``arrange(x)``, if it is there and ``x`` has not been written to since."""
+        for tensor, key, saved, shape in self._entries:
+            if tensor() is x and key == self._key(x, arrange):
+                return saved, shape
+        return None
+
+    def put(self, x: Tensor, arrange: Arrange, saved: SavedInput, shape: torch.Size) -> None:
+        """Remember what was kept for ``arrange(x)``, in place of the oldest."""
+        entry = (weakref.ref(x), self._key(x, arrange), saved, shape)
+        self._entries = [entry, *self._entries[: self.CAPACITY - 1]]
+
+    def clear(self) -> None:
+        """Forget all, and let the codes go."""
+        self._entries = []
+
+
 _STATES: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
@@ -66,10 +104,12 @@ class LayerState:
         name: the layer's qualified name.
         config: options of the method.
         seeds: the stream all layers of a model share.
+        recent: the memory of the last input all layers of a model share.
     """
 
-    def __init__(self, name: str, config: LUQConfig, seeds: SeedStream) -> None:
+    def __init__(self, name: str, config: LUQConfig, seeds: SeedStream, recent: RecentInputs | None = None) -> None:
         self.name, self.config, self.seeds = name, config, seeds
+        self.recent = RecentInputs() if recent is None else recent
         self.weights_only = False
         self.measure = False
         self.metrics: dict[str, Tensor] = {}
@@ -84,7 +124,7 @@ class LayerState:
         _STATES[int(self.handle)] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}, "handle": None}
+        return {**self.__dict__, "_cache": {}, "handle": None, "recent": RecentInputs()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -99,10 +139,9 @@ class LayerState:
     def invalidate(self) -> None:
         """Forget the weight codes: the weights have changed or may have."""
         self._cache.clear()
+        self.recent.clear()
 
-    def encode_weight(
-        self, weight: Tensor, *, cached: bool = True, arrange: Callable[[Tensor], Tensor] | None = None
-    ) -> Codes:
+    def encode_weight(self, weight: Tensor, *, cached: bool = True, arrange: Arrange | None = None) -> Codes:
         """INT4 codes of ``weight``, rearranged by ``arrange``, made once per optimizer step.
 
         The key holds the version counter and a sampled fingerprint: writes through ``.data`` do not move the former.
@@ -117,25 +156,37 @@ class LayerState:
                 self._cache = {**self._cache, key: codes} if len(self._cache) < 2 else {key: codes}
         return codes
 
-    def encode_input(self, x: Tensor, *, save: bool) -> tuple[Codes, SavedInput | None]:
-        """INT4 codes of a layer's input (in a shared buffer), and what to keep for backward if ``save``."""
+    def encode_input(
+        self, x: Tensor, arrange: Arrange, *, save: bool, cached: bool = True
+    ) -> tuple[Codes, SavedInput | None]:
+        """INT4 codes of ``arrange(x)`` (in a shared buffer), and what to keep for backward if ``save``."""
+        unsigned = self.config.unsigned
+        if save and cached and (kept := self.recent.find(x, arrange)):
+            return self.restore_input(*kept), kept[0]
+        values = arrange(x)
         buffer = scratch("input", x.numel(), torch.int8) if x.device.type == "cpu" else None
-        codes, packed, unsigned = sawb_encode(x, unsigned=self.config.unsigned, pack=save, out=buffer)
+        codes, packed, is_unsigned = sawb_encode(values, unsigned=unsigned, pack=save, out=buffer)
         if self.measure:
-            self.metrics["input_sqnr_db"] = sqnr_db(x, codes.dequantize())
+            self.metrics["input_sqnr_db"] = sqnr_db(values, codes.dequantize())
         if packed is None:
             return codes, None
-        if self._counted:  # a backward has consumed the earlier ones
+        self._count(packed.numel() + 8, x.numel() * 4)
+        saved = SavedInput(packed, torch.stack([codes.scale, torch.full((), float(is_unsigned), device=x.device)]))
+        if cached:
+            self.recent.put(x, arrange, saved, values.shape)
+        return codes, saved
+
+    def _count(self, kept: int, full: int) -> None:
+        """Add to the bytes kept since the last backward."""
+        if self._counted:
             self.saved_bytes = self.saved_bytes_fp32 = 0
             self._counted = False
-        self.saved_bytes += packed.numel() + 8
-        self.saved_bytes_fp32 += x.numel() * 4
-        flag = torch.full((), float(unsigned), device=x.device)
-        return codes, SavedInput(packed, torch.stack([codes.scale, flag]))
+        self.saved_bytes += kept
+        self.saved_bytes_fp32 += full
 
-    def restore_input(self, saved: SavedInput, shape: tuple[int, ...]) -> Codes:
+    def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
         """Undo the packing of :meth:`encode_input`; the codes lie in a shared buffer."""
-        numel = torch.Size(shape).numel()
+        numel = math.prod(shape)
         buffer = scratch("input", numel, torch.int8) if saved.packed.device.type == "cpu" else None
         codes = unpack_int4(saved.packed, numel, unsigned=bool(saved.scale[1]), out=buffer)
         return Codes(codes.view(shape), saved.scale[0])

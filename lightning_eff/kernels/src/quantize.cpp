@@ -121,6 +121,41 @@ void luq_block(const float* x, int8_t* codes, int64_t count, float inverse, int3
     }
 }
 
+inline bool passes(float x) { return !(x <= 0.0f); }
+inline bool passes(uint16_t x) { return passes(as_float(static_cast<int32_t>(static_cast<uint32_t>(x) << 16))); }
+
+template <class T>
+void relu_blocks(const T* x, int64_t n, T* y, uint8_t* mask, int threads) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    #pragma omp parallel for num_threads(threads) if (n >= PARALLEL)
+    for (int64_t b = 0; b < blocks; ++b) {
+        uint8_t kept[BLOCK] = {};
+        const int64_t begin = b * BLOCK, count = std::min(BLOCK, n - begin);
+        for (int64_t j = 0; j < count; ++j) {
+            const bool pass = passes(x[begin + j]);
+            kept[j] = pass;
+            y[begin + j] = pass ? x[begin + j] : T(0);
+        }
+        for (int64_t j = 0; j < (count + 7) / 8; ++j) {
+            uint64_t eight; std::memcpy(&eight, kept + 8 * j, 8);
+            mask[begin / 8 + j] = static_cast<uint8_t>((eight * 0x0102040810204080ull) >> 56);
+        }
+    }
+}
+
+template <class T>
+void mask_blocks(const T* grad, const uint8_t* mask, int64_t n, T* out, int threads) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    #pragma omp parallel for num_threads(threads) if (n >= PARALLEL)
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t begin = b * BLOCK, count = std::min(BLOCK, n - begin);
+        T keep[BLOCK];
+        for (int64_t j = 0; j < (count + 7) / 8; ++j)
+            for (int64_t k = 0; k < 8; ++k) keep[8 * j + k] = static_cast<T>(-((mask[begin / 8 + j] >> k) & 1));
+        for (int64_t j = 0; j < count; ++j) out[begin + j] = grad[begin + j] & keep[j];
+    }
+}
+
 template <class Out> struct Store;
 template <> struct Store<float> { static float from(float v) { return v; } };
 template <> struct Store<uint16_t> {  // bfloat16, round to nearest even; NaN stays NaN
@@ -174,7 +209,7 @@ void eff_sawb_scale(const void* x, int type, int64_t n, int unsigned_mode, const
     const double rms = count > 0 ? std::sqrt(m.square / count) : 0.0, mean = count > 0 ? m.abs / count : 0.0;
     float clip = static_cast<float>(coefficients[2 * row] * rms + coefficients[2 * row + 1] * mean);
     if (!(clip > 0.0f && std::isfinite(clip))) clip = row == 2 ? max_abs / 2 : max_abs;
-    if (row != 2 && mean > FLAT * rms) clip = std::min(max_abs, static_cast<float>(2 * rms));
+    if (row != 2 && mean > FLAT * rms) clip = std::min(max_abs, static_cast<float>(2 * std::max(rms, mean)));
     const float steps = row == 0 ? 7.0f : row == 1 ? 15.0f : 7.5f;
     const float value = clip / steps;
     *scale = std::isfinite(max_abs) ? std::max(value, TINY) : as_float(0x7FC00000);
@@ -257,6 +292,18 @@ void eff_unpack(const uint8_t* packed, int64_t n, int is_unsigned, int8_t* codes
         }
     }
     if (n % 2) codes[n - 1] = static_cast<int8_t>(((packed[pairs] & 0x0F) ^ sign) - sign);
+}
+
+// ReLU in place of torch's, bit for bit, and one bit per element that tells where the gradient passes (x <= 0 stops it,
+// NaN passes, as in torch). Eight elements a byte, first element lowest.
+void eff_relu(const void* x, int type, int64_t n, void* y, uint8_t* mask, int threads) {
+    if (type == 0) relu_blocks(static_cast<const float*>(x), n, static_cast<float*>(y), mask, threads);
+    else relu_blocks(static_cast<const uint16_t*>(x), n, static_cast<uint16_t*>(y), mask, threads);
+}
+
+void eff_relu_grad(const void* grad, int type, const uint8_t* mask, int64_t n, void* out, int threads) {
+    if (type == 0) mask_blocks(static_cast<const uint32_t*>(grad), mask, n, static_cast<uint32_t*>(out), threads);
+    else mask_blocks(static_cast<const uint16_t*>(grad), mask, n, static_cast<uint16_t*>(out), threads);
 }
 
 // out[r, c] = acc[r, c] * (*scale_a * *scale_b * factor) + bias[c]; rows of `out` are `stride` elements apart.
