@@ -31,6 +31,7 @@ test-long: $(STAMP)
 	$(BIN)/python -m pytest -m "long or not long" $(PYTEST_ARGS)
 
 bench: $(STAMP)
+	$(BIN)/python -m benchmarks.peers setup
 	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks
 
 lint: $(STAMP)

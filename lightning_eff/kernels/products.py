@@ -40,11 +40,16 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
+def _row_major(x: Tensor) -> Tensor:
+    """Give a single row its true strides: on the CPU ``torch._int_mm`` misreads the (1, 1) of ``column.t()``."""
+    return x.as_strided(x.shape, (x.shape[1], 1)) if x.shape[0] == 1 and x.stride(1) == 1 else x
+
+
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     """int8 (M, K) x int8 (K, N) -> int32 (M, N); CUDA's shape rules are met by padding with zeros."""
     if a.device.type != "cuda":
         out = scratch("product", a.shape[0] * b.shape[1], torch.int32).view(a.shape[0], b.shape[1])
-        return torch._int_mm(a, b, out=out)
+        return torch._int_mm(_row_major(a), _row_major(b), out=out)
     (m, k), n = a.shape, b.shape[1]
     a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
     b = torch.nn.functional.pad(b, (0, -n % 8, 0, -k % 8))

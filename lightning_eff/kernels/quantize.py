@@ -97,7 +97,10 @@ def unpack_int4(packed: Tensor, numel: int, *, unsigned: bool = False, out: Tens
 def fingerprint(x: Tensor) -> int:
     """A number that changes, almost surely, when a dense tensor is overwritten; 0 where there is no cheap way."""
     kernels = _library_for(x)
-    return kernels.eff_fingerprint(x.data_ptr(), x.numel() * x.element_size()) if kernels is not None else 0
+    if kernels is None:
+        return 0
+    present = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()  # less than numel when expanded
+    return kernels.eff_fingerprint(x.data_ptr(), min(x.numel() * x.element_size(), present))
 
 
 def largest_magnitude(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -79,7 +79,8 @@ class LUQConfig:
             raise ConfigurationError(
                 f"hindsight={momentum!r} is not allowed; it is a momentum, 0 <= hindsight < 1, or None."
             )
-        if isinstance(self.exempt, str) or not all(isinstance(pattern, str) for pattern in self.exempt):
+        names = self.exempt if isinstance(self.exempt, Iterable) and not isinstance(self.exempt, str) else (None,)
+        if not all(isinstance(pattern, str) for pattern in names):
             raise ConfigurationError(
                 f"exempt={self.exempt!r} is not allowed; it is a list of name patterns, ['*.head']."
             )

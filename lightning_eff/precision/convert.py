@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.precision import operators  # noqa: F401 - registers what compiled graphs call
@@ -55,15 +56,16 @@ class Conversion:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that own a matrix, outermost first; parts of a MultiheadAttention belong to it."""
+    """Modules that own a matrix, outermost first; parts of a MultiheadAttention, and parametrisations, belong to it."""
     inside: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
-        if isinstance(module, nn.MultiheadAttention):
+        parametrised = isinstance(getattr(module, "parametrizations", None), nn.ModuleDict)
+        if isinstance(module, nn.MultiheadAttention) or parametrised:
             inside.update(id(part) for part in module.modules())
             yield name, module
-        elif any(p.dim() >= 2 for p in module.parameters(recurse=False)) or twin_of(module) is not None:
+        elif any(is_lazy(p) or p.dim() >= 2 for p in module.parameters(recurse=False)) or twin_of(module) is not None:
             yield name, module
 
 
@@ -79,7 +81,7 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
 
 def _unsupported(module: nn.Module) -> str:
     """Why ``module`` has no quantised twin."""
-    kind = type(module).__name__
+    kind, from_torch = type(module).__name__, type(module).__module__.startswith("torch.nn")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "a table, no product"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -89,7 +91,7 @@ def _unsupported(module: nn.Module) -> str:
     base = next(
         (b.__name__ for b in type(module).__mro__[1:] if b.__module__.startswith("torch.nn") and b is not nn.Module), ""
     )
-    if base:
+    if base and not from_torch:
         return f"{kind} is a subclass of {base} and may have a forward of its own"
     return f"{kind} has no 4-bit form; supported are {_SUPPORTED}"
 

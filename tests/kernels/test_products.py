@@ -22,6 +22,7 @@ def oracle(a: Tensor, b: Tensor) -> Tensor:
 
 
 SHAPES = [(1, 1, 1), (1, 5, 1), (3, 1, 2), (2, 17, 9), (64, 64, 64), (33, 129, 7), (5, 1000, 3), (0, 4, 3), (3, 0, 4)]
+SHAPES += [(1, 17, 1), (1, 64, 33), (1, 1, 64), (64, 1, 1), (17, 64, 1)]  # a transposed column has odd strides
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -29,7 +30,8 @@ SHAPES = [(1, 1, 1), (1, 5, 1), (3, 1, 2), (2, 17, 9), (64, 64, 64), (33, 129, 7
 def test_code_product_is_exact(m: int, k: int, n: int, native: bool) -> None:
     for (low_a, high_a), (low_b, high_b) in (((-7, 7), (-7, 7)), ((-64, 64), (-7, 7)), ((-64, 64), (0, 15))):
         a, b = codes(m, k, low=low_a, high=high_a), codes(k, n, low=low_b, high=high_b)
-        for left, right in ((a, b), (a.t().contiguous().t(), b), (a, b.t().contiguous().t())):
+        turned_a, turned_b = a.t().contiguous().t(), b.t().contiguous().t()
+        for left, right in ((a, b), (turned_a, b), (a, turned_b), (turned_a, turned_b)):
             assert torch.equal(code_product(left, right, native=native).double(), oracle(a, b))
 
 

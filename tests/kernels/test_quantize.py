@@ -205,6 +205,14 @@ def test_fingerprint_sees_an_overwritten_tensor() -> None:
         assert size == 0 or quantize.fingerprint(small) != quantize.fingerprint(small + 1)
 
 
+def test_fingerprint_stays_inside_the_memory_of_a_view() -> None:
+    row = torch.randn(1, 64)
+    before = quantize.fingerprint(row.expand(1_000_000, 64))  # reading a million rows would end the process
+    row += 1
+    assert quantize.fingerprint(row.expand(1_000_000, 64)) != before
+    assert quantize.fingerprint(row[:, 63:].expand(1_000_000, 1)) == quantize.fingerprint(row[:, 63:])
+
+
 @pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_unpacking_is_that_of_functional(size: int, unsigned: bool, threads: int) -> None:
