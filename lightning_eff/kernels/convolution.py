@@ -110,7 +110,7 @@ def conv_forward(
     images, out_size, channels = x.codes.shape[0], geometry.out_size(x.codes.shape[1:4]), weight.codes.shape[0]
     positions, matrix = out_size[0] * out_size[1] * out_size[2], weight.codes.view(channels, -1).t()
     out = torch.empty(images * positions, channels, dtype=dtype, device=x.codes.device)
-    taps = geometry.taps()
+    taps = geometry.taps
     for group in _groups(images, positions * matrix.shape[0]):
         acc = code_product(_columns(x.codes[group], geometry, taps, out_size), matrix, native=True)
         rows = out[group.start * positions : group.stop * positions]
@@ -137,7 +137,7 @@ def conv_input_grad(
         return rescale(acc.flatten(0, 3), grad.scale, weight.scale, dtype=dtype).view(acc.shape)
     single = geometry.stride == (1, 1, 1)
     result = (torch.empty if single else torch.zeros)(images, *size, inputs, dtype=dtype, device=grad.codes.device)
-    for phase, kept, taps in geometry.phases():
+    for phase, kept, taps in geometry.phases:
         part = tuple(slice(p, None, s) for p, s in zip(phase, geometry.stride, strict=True))
         target = result[(slice(None), *part)]
         if kept.numel() == 0 or target.numel() == 0:
@@ -169,7 +169,7 @@ def conv_weight_grad(
         dtype: of the result.
     """
     images, *out_size, channels = grad.codes.shape
-    taps = geometry.taps()
+    taps = geometry.taps
     inputs = x.codes.shape[-1] // geometry.groups
     positions, width = out_size[0] * out_size[1] * out_size[2], taps.shape[1] * inputs
     if not native or geometry.groups > 1:

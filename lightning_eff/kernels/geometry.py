@@ -6,8 +6,9 @@ channels. The float32 sums are the integers of the native products as long as th
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,22 +44,24 @@ class Geometry:
         """Stride, padding and dilation from ``axis`` on."""
         return self.stride[axis:], self.padding[axis:], self.dilation[axis:]
 
+    @functools.cached_property
     def taps(self) -> Tensor:
         """(3, T) offsets of the taps relative to ``o * stride``."""
         return _grid(
             [[k * d - p for k in range(n)] for n, p, d in zip(self.kernel, self.padding, self.dilation, strict=True)]
         )
 
-    def phases(self) -> Iterator[tuple[Triple, Tensor, Tensor]]:
+    @functools.cached_property
+    def phases(self) -> list[tuple[Triple, Tensor, Tensor]]:
         """For each input position modulo the stride: the phase, its taps' indices and their (3, T') output offsets."""
-        indices = torch.arange(self.kernel[0] * self.kernel[1] * self.kernel[2]).view(self.kernel)
-        for phase in itertools.product(*(range(s) for s in self.stride)):
-            axes = [self._phase_axis(axis, phase[axis]) for axis in range(3)]
+        indices, found = torch.arange(self.kernel[0] * self.kernel[1] * self.kernel[2]).view(self.kernel), []
+        for z, y, x in itertools.product(*(range(s) for s in self.stride)):
+            axes = [self._phase_axis(axis, phase) for axis, phase in enumerate((z, y, x))]
             kept = indices
             for axis, (taps, _) in enumerate(axes):
                 kept = kept.index_select(axis, torch.tensor(taps, dtype=torch.int64))
-            z, y, x = phase
-            yield (z, y, x), kept.reshape(-1), _grid([offsets for _, offsets in axes])
+            found.append(((z, y, x), kept.reshape(-1), _grid([offsets for _, offsets in axes])))
+        return found
 
     def _phase_axis(self, axis: int, phase: int) -> tuple[list[int], list[int]]:
         """Taps along one axis that reach this phase, and the output offset of each."""
@@ -69,6 +72,10 @@ class Geometry:
                 taps.append(k)
                 offsets.append(offset)
         return taps, offsets
+
+
+shared_geometry = functools.lru_cache(maxsize=4096)(Geometry)
+"""A :class:`Geometry` that is made, and its offsets computed, once for equal arguments."""
 
 
 def _grid(axes: Sequence[Sequence[int]]) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_eff.errors import UnsupportedLayerError
-from lightning_eff.kernels.geometry import Geometry, Triple
+from lightning_eff.kernels.geometry import Geometry, Triple, shared_geometry
 from lightning_eff.precision.functions import quantized_conv, quantized_linear
 from lightning_eff.precision.state import LayerState
 
@@ -105,7 +105,8 @@ class _QuantConv(_ConvNd):
         if padding is None:
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0,) * dims
-        geometry = Geometry(
+        make = Geometry if torch.compiler.is_compiling() else shared_geometry
+        geometry = make(
             _triple(self.kernel_size, 1),
             _triple(self.stride, 1),
             _triple(padding, 0),

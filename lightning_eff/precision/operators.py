@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.formats import Codes
-from lightning_eff.kernels.geometry import Geometry
+from lightning_eff.kernels.geometry import Geometry, shared_geometry
 from lightning_eff.precision import functions
 from lightning_eff.precision.state import SavedInput, state_of
 
@@ -22,7 +22,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def _geometry(numbers: Sequence[int]) -> Geometry:
     kernel, stride, padding, dilation = (tuple(numbers[i : i + 3]) for i in (0, 3, 6, 9))
-    return Geometry(kernel, stride, padding, dilation, numbers[12])  # type: ignore[arg-type]
+    return shared_geometry(kernel, stride, padding, dilation, numbers[12])  # type: ignore[arg-type]
 
 
 def _outputs(y: Tensor, saved: SavedInput | None, weight: Codes, dtype: torch.dtype) -> Outputs:

@@ -120,10 +120,10 @@ def test_gather_is_advanced_indexing(name: str) -> None:
     if geometry.groups > 1:
         return
     x, _, dy = operands(shape, size, geometry)
-    out_size, taps = geometry.out_size(size), geometry.taps()
+    out_size, taps = geometry.out_size(size), geometry.taps
     found = gather(x.codes, taps, geometry.stride, out_size)
     assert torch.equal(found, _gather_indexed(x.codes, taps, geometry.stride, out_size))
-    for phase, kept, offsets in geometry.phases():
+    for phase, kept, offsets in geometry.phases:
         places = [len(range(p, n, s)) for p, n, s in zip(phase, size, geometry.stride, strict=True)]
         if kept.numel() and all(places):
             part = (places[0], places[1], places[2])
@@ -133,7 +133,7 @@ def test_gather_is_advanced_indexing(name: str) -> None:
 @pytest.mark.parametrize("name", list(CASES))
 def test_phases_hold_every_tap_once(name: str) -> None:
     geometry = CASES[name][2]
-    kept = torch.cat([kept for _, kept, _ in geometry.phases()])
+    kept = torch.cat([kept for _, kept, _ in geometry.phases])
     taps = geometry.kernel[0] * geometry.kernel[1] * geometry.kernel[2]
     if all(d % s for d, s in zip(geometry.dilation, geometry.stride, strict=True) if s > 1):
         assert kept.sort().values.tolist() == list(range(taps))
