@@ -61,9 +61,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
-        parametrised = isinstance(getattr(module, "parametrizations", None), nn.ModuleDict)
-        if isinstance(module, nn.MultiheadAttention) or parametrised:
-            inside.update(id(part) for part in module.modules())
+        parametrisations = getattr(module, "parametrizations", None)
+        if isinstance(module, nn.MultiheadAttention) or isinstance(parametrisations, nn.ModuleDict):
+            whole = parametrisations if isinstance(parametrisations, nn.ModuleDict) else module
+            inside.update(id(part) for part in whole.modules())
             yield name, module
         elif any(is_lazy(p) or p.dim() >= 2 for p in module.parameters(recurse=False)) or twin_of(module) is not None:
             yield name, module

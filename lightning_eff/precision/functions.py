@@ -23,7 +23,7 @@ from lightning_eff.errors import UnsupportedLayerError
 from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels.convolution import conv_forward, conv_input_grad, conv_weight_grad
 from lightning_eff.kernels.geometry import Geometry, Triple
-from lightning_eff.kernels.products import code_product, rescale, scaled_product
+from lightning_eff.kernels.products import scaled_product
 from lightning_eff.precision.state import LayerState, SavedInput
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -88,10 +88,11 @@ def linear_backward(
         dx = scaled_product(samples[0], weight, native=native, dtype=x_dtype).view(*grad.shape[:-1], inputs)
     if needs[1] and saved is not None:
         x = state.restore_input(saved, (flat.shape[0], inputs))
-        total = code_product(samples[0].codes.t(), x.codes, native=native)
-        for sample in samples[1:]:
-            total = total + code_product(sample.codes.t(), x.codes, native=native)
-        dw = rescale(total, samples[0].scale, x.scale, factor=1 / len(samples), dtype=w_dtype)
+        factor = 1 / len(samples)
+        parts = [
+            scaled_product(Codes(s.codes.t(), s.scale), x, native=native, factor=factor, dtype=w_dtype) for s in samples
+        ]
+        dw = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     db = flat.sum(0, dtype=torch.float32).to(w_dtype) if needs[2] else None
     return dx, dw, db
 

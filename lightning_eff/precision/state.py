@@ -153,7 +153,8 @@ class LayerState:
                 self.metrics["weight_sqnr_db"] = sqnr_db(weight, codes.dequantize())
             codes = codes if arrange is None else Codes(arrange(codes.codes).contiguous(), codes.scale)
             if cached:
-                self._cache = {**self._cache, key: codes} if len(self._cache) < 2 else {key: codes}
+                full = len(self._cache) >= 4  # query, key, value and output projections of one attention
+                self._cache = {key: codes} if full else {**self._cache, key: codes}
         return codes
 
     def encode_input(
