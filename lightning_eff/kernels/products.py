@@ -50,10 +50,14 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type != "cuda":
         out = scratch("product", a.shape[0] * b.shape[1], torch.int32).view(a.shape[0], b.shape[1])
         return torch._int_mm(_row_major(a), _row_major(b), out=out)
+    return torch._int_mm(*padded(a, b))[: a.shape[0], : b.shape[1]]
+
+
+def padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Operands with zeros added until CUDA's rules hold: more than 16 rows, inner and outer size multiples of 8."""
     (m, k), n = a.shape, b.shape[1]
     a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
-    b = torch.nn.functional.pad(b, (0, -n % 8, 0, -k % 8))
-    return torch._int_mm(a.contiguous(), b)[:m, :n]
+    return a.contiguous(), torch.nn.functional.pad(b, (0, -n % 8, 0, -k % 8))
 
 
 def _widened(name: str, codes: Tensor) -> Tensor:

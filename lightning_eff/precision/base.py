@@ -6,9 +6,10 @@ A mixin without Lightning: the public classes join it to the ``Precision`` class
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Generator, Iterator
-from typing import Any, ClassVar
+from collections.abc import Generator
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -121,6 +122,7 @@ class QuantizedPrecisionMixin:
     def train_step_context(self) -> Generator[None]:
         """Context of a training step."""
         self._enter("train")
+        self._sample(self._current_step())
         with super().train_step_context():  # type: ignore[misc]
             yield
 
@@ -128,6 +130,7 @@ class QuantizedPrecisionMixin:
     def val_step_context(self) -> Generator[None]:
         """Context of a validation step."""
         self._enter("val")
+        self._sample(0)
         with super().val_step_context():  # type: ignore[misc]
             yield
 
@@ -143,27 +146,40 @@ class QuantizedPrecisionMixin:
             self._check_finite(step=self._steps)
         result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
         self._steps += 1
+        self._invalidate()
+        self._sample(self._steps)  # the Trainer says which step it is when the next begins
+        return result
+
+    def _sample(self, step: int) -> None:
+        """Take the figures in step ``step`` if it is one of every n."""
         every = self.config.measure_every_n_steps
         for state in self.states().values():
-            state.invalidate()
-            state.measure = every > 0 and self._steps % every == 0
-        return result
+            state.measure = every > 0 and step > 0 and step % every == 0
+
+    def _current_step(self) -> int:
+        """Optimizer steps of the whole run, those before a resume counted."""
+        trainers = [getattr(owner, "_trainer", None) for owner, _ in self._conversions.values()]
+        return next((int(trainer.global_step) for trainer in trainers if trainer is not None), self._steps)
 
     def _check_finite(self, step: int) -> None:
         """Stop a non-finite gradient before it reaches a parameter, on every rank alike.
 
-        One broken element makes the scale NaN and with it the layer's whole weight gradient, so one element of each
-        tells (their sums do while products are not quantised). Gradients are already reduced here: all ranks see the
-        same.
+        One broken element makes the scale NaN and with it a converted layer's whole weight gradient, so one element of
+        each tells; of all others, their sum does (a look at each element decides). Gradients are already reduced here:
+        all ranks see the same.
         """
-        found = [(name, weight.grad.detach()) for name, weight in self._weights() if weight.grad is not None]
-        probes = [grad.sum() if self.weights_only else grad.as_strided((), ()) for _, grad in found if grad.numel()]
+        weights, others = self._gradients("weights"), self._gradients("others")
+        found, sampled = weights + others, [] if self.weights_only else weights
+        probes = [grad.as_strided((), ()) for _, grad in sampled]
+        probes += [grad.sum() for _, grad in found[len(sampled) :]]
         if not probes or bool(torch.isfinite(torch.stack(probes)).all()):
             return
         broken = [name for name, grad in found if not bool(torch.isfinite(grad).all())]
+        if not broken:  # finite elements whose sum is not
+            return
         message = (
             f"{self.info.name}: the gradient is NaN or Inf at optimizer step {step} (rank {_rank()}) in "
-            f"{len(broken)} of {len(found)} weights: {', '.join(broken[:8])}{' ...' if len(broken) > 8 else ''}. "
+            f"{len(broken)} of {len(found)} parameters: {', '.join(broken[:8])}{' ...' if len(broken) > 8 else ''}. "
         )
         if self.config.on_nonfinite == "raise":
             raise NonFiniteGradientError(
@@ -172,8 +188,12 @@ class QuantizedPrecisionMixin:
             )
         warnings.warn(message + "The optimizer step goes on as asked.", EffWarning, stacklevel=2)
 
-    def _weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return (pair for _, conversion in self._conversions.values() for pair in conversion.weights)
+    def _gradients(self, kind: Literal["weights", "others"]) -> list[tuple[str, Tensor]]:
+        """Names and gradients of the converted layers' weights, or of all other parameters."""
+        pairs = [pair for _, conversion in self._conversions.values() for pair in getattr(conversion, kind)]
+        grads = [(name, p.grad.detach()) for name, p in pairs if p.grad is not None]
+        dense = [(name, grad._values() if grad.is_sparse else grad) for name, grad in grads]
+        return [(name, grad) for name, grad in dense if grad.numel()]
 
     def _publish(self, trainer: Any) -> None:
         """Log the figures of a sampled step, the mean over layers."""
@@ -191,22 +211,23 @@ class QuantizedPrecisionMixin:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and strings alone: the rounding stream, the phase, the in-hindsight maxima of each rank."""
-        maxima = {name: self._over_ranks(state.hindsight) for name, state in self.states().items()}
+        used = self.config.hindsight is not None  # only then do ranks differ and have to be asked
+        maxima = {name: self._over_ranks(state.hindsight) for name, state in self.states().items()} if used else {}
         return {
             **super().state_dict(),  # type: ignore[misc]
             "seed": self.seeds.seed,
             "calls": self.seeds.calls,
             "phase": "weights_only" if self.weights_only else "quantized",
-            "hindsight": maxima if self.config.hindsight is not None else {},
+            "hindsight": maxima,
         }
 
     @staticmethod
     def _over_ranks(value: Tensor) -> list[float]:
         if not (dist.is_available() and dist.is_initialized()):
             return [float(value)]
-        parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, value.contiguous())
-        return [float(part) for part in parts]
+        parts: list[float] = [math.nan] * dist.get_world_size()
+        dist.all_gather_object(parts, float(value))  # a number: NCCL would not gather the tensors of the CPU
+        return parts
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the rounding stream, the phase and the maxima."""

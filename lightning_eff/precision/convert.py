@@ -32,11 +32,12 @@ class Layer:
 
 @dataclass
 class Conversion:
-    """What :func:`convert` did: the table, the converted layers' states and weights, and the way back."""
+    """What :func:`convert` did: the table, the converted layers' states and weights, other parameters, the way back."""
 
     rows: list[Layer] = field(default_factory=list)
     states: dict[str, LayerState] = field(default_factory=dict)
     weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    others: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     _encoders: list[tuple[nn.Module, int]] = field(default_factory=list)
 
@@ -156,6 +157,8 @@ def convert(model: nn.Module, config: LUQConfig, seeds: SeedStream | None = None
         result.rows.append(Layer(name, type(module).__name__, _shape(module), reason))
         if not reason:
             _swap(module, LayerState(name, config, seeds, recent), result)
+    known = {id(weight) for _, weight in result.weights}
+    result.others = [(name, p) for name, p in model.named_parameters() if id(p) not in known]
     for module in model.modules():
         if config.pack_relu and type(module) is nn.ReLU and result.states:
             result.modules.append((module, nn.ReLU))

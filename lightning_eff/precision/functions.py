@@ -14,6 +14,7 @@ opaque operators of the ``lightning_eff`` namespace, so a compiled submodule has
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def linear_backward(
         parts = [
             scaled_product(Codes(s.codes.t(), s.scale), x, native=native, factor=factor, dtype=w_dtype) for s in samples
         ]
-        dw = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        dw = functools.reduce(Tensor.add_, parts)
     db = flat.sum(0, dtype=torch.float32).to(w_dtype) if needs[2] else None
     return dx, dw, db
 
@@ -196,7 +197,7 @@ def conv_backward_last(
         parts = [
             conv_weight_grad(s, x, geometry, native=native, factor=1 / len(samples), dtype=w_dtype) for s in samples
         ]
-        dw = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)).transpose(1, 2).reshape(weight_shape)
+        dw = functools.reduce(Tensor.add_, parts).transpose(1, 2).reshape(weight_shape)
     db = last.flatten(0, 3).sum(0, dtype=torch.float32).to(w_dtype) if needs[2] else None
     return dx, dw, db
 

@@ -67,6 +67,9 @@ def task(root: str = "lightning.pytorch", **hooks: Callable[..., Any]) -> Any:
         def train_dataloader(self) -> Any:
             return loader()
 
+        def val_dataloader(self) -> Any:
+            return loader()
+
     return type("Task", (Task,), hooks)()
 
 

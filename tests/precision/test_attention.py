@@ -94,7 +94,9 @@ def test_without_quantisers_it_is_torchs(
     assert (weights is None) == (expected_weights is None)
     if weights is not None:
         torch.testing.assert_close(weights, expected_weights)
-    for grad, wanted in zip(torch.autograd.grad(found.square().sum(), list(layer.parameters())), gradients, strict=True):
+    for grad, wanted in zip(
+        torch.autograd.grad(found.square().sum(), list(layer.parameters())), gradients, strict=True
+    ):
         torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -139,11 +141,14 @@ def test_dropout_follows_the_mode() -> None:
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_inside_torchs_transformer(norm_first: bool) -> None:
-    model = nn.Transformer(
-        E, H, 1, 1, 16, dropout=0.0, batch_first=True, norm_first=norm_first
-    )
+    model = nn.Transformer(E, H, 1, 1, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
     _, conversion = converted(model)
-    assert {name.rpartition(".")[2] for name in conversion.states} == {"self_attn", "multihead_attn", "linear1", "linear2"}
+    assert {name.rpartition(".")[2] for name in conversion.states} == {
+        "self_attn",
+        "multihead_attn",
+        "linear1",
+        "linear2",
+    }
     source, target = torch.randn(N, S, E), torch.randn(N, L, E)
     mask = nn.Transformer.generate_square_subsequent_mask(L)
     model(source, target, tgt_mask=mask, src_key_padding_mask=PADDING).square().mean().backward()

@@ -52,9 +52,12 @@ def test_forward_is_the_product_of_the_quantised_values(name: str, positive: boo
     layer, x = make(), torch.randn(shape)
     x = x.relu() + 0.01 if positive else x
     # Padding with other than zeros, and unequal padding, happens before quantisation.
-    outside = isinstance(layer, nn.modules.conv._ConvNd) and layer.padding_mode != "zeros"
-    values = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode) if outside else x
-    values = sawb_quantize(values, unsigned="mirror5" if positive else False)
+    outside = name in ("conv2d same", "conv2d reflect", "conv2d circular same")
+    mode = "constant" if name == "conv2d same" else getattr(layer, "padding_mode", "")
+    values = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode) if outside else x
+    channels = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)  # sums are taken channels-last
+    values = sawb_quantize(values.movedim(channels, -1).contiguous(), unsigned="mirror5" if positive else False)
+    values = values.movedim(-1, channels)
     weight = sawb_quantize(layer.weight.detach())
     run = (lambda a, b: F.conv2d(a.double(), b.double())) if outside else (lambda a, b: plain(layer, a, b, bias=False))
     expected, size = run(values, weight), run(values.abs(), weight.abs())
