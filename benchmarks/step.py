@@ -73,7 +73,7 @@ def measure(report: Report, model: str, num_threads: int, options: argparse.Name
         details = {"step_ms": spread([1000 * s for s in seconds]).__dict__, "clock": clock, "inner": inner}
         if peaks:
             details["peak_bytes"] = peaks[variant]
-        aimed = options.device == "cpu" and num_threads == 1 and not options.tiny
+        aimed = options.device == "cpu" and num_threads <= 2 and not options.tiny
         target = TARGETS.get(variant, {}).get(model) if aimed else None
         settings: dict[str, str | int] = {"model": model, "threads": num_threads, "clock": clock}
         settings["step ms"] = f"{spread(seconds).median * 1000:.1f}"

@@ -1,4 +1,4 @@
-"""Compile ``src/quantize.cpp`` on first use and load it with ctypes.
+"""Compile ``src/*.cpp`` on first use and load it with ctypes.
 
 The library has a plain C interface: it needs no torch headers, compiles in about a second and serves every torch
 version. It is linked against the OpenMP runtime torch has loaded, so both share one pool of threads. The result is
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lightning_eff.errors import FallbackWarning
 
-SOURCE = Path(__file__).parent / "src" / "quantize.cpp"
+SOURCES = sorted((Path(__file__).parent / "src").glob("*.cpp"))
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
@@ -81,7 +81,7 @@ def _compile(compiler: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / target.name
-        command = [compiler, *FLAGS, *_wide_vectors(), str(SOURCE), "-o", str(built), *_openmp_of_torch()]
+        command = [compiler, *FLAGS, *_wide_vectors(), *map(str, SOURCES), "-o", str(built), *_openmp_of_torch()]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         built.replace(target)
 
@@ -109,7 +109,10 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         compiler = _compiler()
-        key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, machine_key(), _openmp_of_torch())).encode())
+        key = hashlib.sha256(
+            b"".join(source.read_bytes() for source in SOURCES)
+            + repr((FLAGS, compiler, machine_key(), _openmp_of_torch())).encode()
+        )
         target = cache_directory() / f"kernels-{key.hexdigest()[:20]}.so"
         if not target.exists():
             if compiler is None:

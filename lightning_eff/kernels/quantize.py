@@ -96,11 +96,15 @@ def unpack_int4(packed: Tensor, numel: int, *, unsigned: bool = False, out: Tens
 
 def fingerprint(x: Tensor) -> int:
     """A number that changes, almost surely, when a dense tensor is overwritten; 0 where there is no cheap way."""
-    kernels = _library_for(x)
-    if kernels is None:
+    if x.device.type != "cpu":
         return 0
     present = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()  # less than numel when expanded
-    return kernels.eff_fingerprint(x.data_ptr(), min(x.numel() * x.element_size(), present))
+    size = min(x.numel() * x.element_size(), present)
+    kernels = library()
+    if kernels is not None:
+        return int(kernels.eff_fingerprint(x.data_ptr(), size))
+    step = max(size // x.element_size() // 64, 1)
+    return hash(tuple(x.detach().as_strided((size // x.element_size() // step,), (step,)).tolist()))
 
 
 def largest_magnitude(x: Tensor) -> Tensor:

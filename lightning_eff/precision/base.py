@@ -170,8 +170,8 @@ class QuantizedPrecisionMixin:
         """
         weights, others = self._gradients("weights"), self._gradients("others")
         found, sampled = weights + others, [] if self.weights_only else weights
-        probes = [grad.as_strided((), ()) for _, grad in sampled]
-        probes += [grad.sum() for _, grad in found[len(sampled) :]]
+        probes = [grad.as_strided((), ()).float() for _, grad in sampled]
+        probes += [grad.sum().float() for _, grad in found[len(sampled) :]]
         if not probes or bool(torch.isfinite(torch.stack(probes)).all()):
             return
         broken = [name for name, grad in found if not bool(torch.isfinite(grad).all())]

@@ -43,7 +43,8 @@ print("warnings", [w.category.__name__ for w in seen if "quantisers" in str(w.me
 
 def environment(cache: Path, **changes: str) -> dict[str, str]:
     root = str(Path(build.__file__).parents[2])
-    return {**os.environ, "LIGHTNING_EFF_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **changes}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("LIGHTNING_EFF_KERNELS", "CXX")}
+    return {**inherited, "LIGHTNING_EFF_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **changes}
 
 
 def run(env: dict[str, str]) -> list[str]:
