@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_eff.errors import EffWarning, NoEffectWarning, NonFiniteGradientError
 from lightning_eff.integration.precision import check_strategy
 from lightning_eff.methods import MethodInfo
-from lightning_eff.precision.config import LUQConfig
+from lightning_eff.precision.config import LayerConfig
 from lightning_eff.precision.convert import Conversion, convert
 from lightning_eff.precision.report import console, conversion_table, readable_bytes
 from lightning_eff.precision.state import LayerState, SeedStream
@@ -37,9 +37,9 @@ class QuantizedPrecisionMixin:
     info: ClassVar[MethodInfo]
     formats: ClassVar[str]
 
-    config: LUQConfig
+    config: LayerConfig
 
-    def _begin(self, config: LUQConfig) -> None:
+    def _begin(self, config: LayerConfig) -> None:
         self.config = config
         self.seeds = SeedStream()
         self.metrics: dict[str, float] = {}
@@ -211,7 +211,7 @@ class QuantizedPrecisionMixin:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and strings alone: the rounding stream, the phase, the in-hindsight maxima of each rank."""
-        used = self.config.hindsight is not None  # only then do ranks differ and have to be asked
+        used = self.config.remembers  # only then do ranks differ and have to be asked
         maxima = {name: self._over_ranks(state.hindsight) for name, state in self.states().items()} if used else {}
         return {
             **super().state_dict(),  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The options of the 4-bit method, checked once, in one place."""
+"""The options of the methods that convert layers, checked once, in one place."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 from lightning_eff.errors import ConfigurationError, nearest
 from lightning_eff.functional.luq import GRADIENT_ROUNDINGS, Rounding
 from lightning_eff.functional.sawb import Unsigned
+from lightning_eff.precision.formats import Format
+from lightning_eff.precision.luq_format import LUQFormat
 
 Products = Literal["auto", "native", "emulated"]
 OnNonFinite = Literal["raise", "warn"]
@@ -42,7 +44,45 @@ def check_bool(name: str, given: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LUQConfig:
+class LayerConfig:
+    """Options every method with converted layers has.
+
+    Raises:
+        ConfigurationError: an option is outside its range.
+    """
+
+    exempt: tuple[str, ...] = ()
+    exempt_first_last: bool = True
+    pack_relu: bool = True
+    products: Products = "auto"
+    measure_every_n_steps: int = 1000
+    on_nonfinite: OnNonFinite = "raise"
+
+    def __post_init__(self) -> None:
+        check_int("measure_every_n_steps", self.measure_every_n_steps, 0)
+        check_choice("products", self.products, get_args(Products))
+        check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
+        check_bool("pack_relu", self.pack_relu)
+        check_bool("exempt_first_last", self.exempt_first_last)
+        names = self.exempt if isinstance(self.exempt, Iterable) and not isinstance(self.exempt, str) else (None,)
+        if not all(isinstance(pattern, str) for pattern in names):
+            raise ConfigurationError(
+                f"exempt={self.exempt!r} is not allowed; it is a list of name patterns, ['*.head']."
+            )
+        object.__setattr__(self, "exempt", tuple(self.exempt))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether layers carry an estimate from step to step that belongs into a checkpoint."""
+        return False
+
+    def format(self) -> Format:
+        """The format these options ask for."""
+        raise TypeError(f"{type(self).__name__} names no format")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LUQConfig(LayerConfig):
     """Options of ``luq4``; see :class:`lightning_eff.precision.luq.LUQMixin` for their meaning.
 
     Raises:
@@ -55,35 +95,28 @@ class LUQConfig:
     hindsight: float | None = None
     power_of_two: bool = False
     gradient_rounding: Rounding = "luq"
-    exempt: tuple[str, ...] = ()
-    exempt_first_last: bool = True
-    pack_relu: bool = True
-    products: Products = "auto"
-    measure_every_n_steps: int = 1000
-    on_nonfinite: OnNonFinite = "raise"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("levels", self.levels, 2, 8)
         check_int("samples", self.samples, 1)
-        check_int("measure_every_n_steps", self.measure_every_n_steps, 0)
         check_choice("unsigned", self.unsigned, (False, "mirror5", "reference"))
         check_choice("gradient_rounding", self.gradient_rounding, GRADIENT_ROUNDINGS)
-        check_choice("products", self.products, get_args(Products))
-        check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
         check_bool("power_of_two", self.power_of_two)
-        check_bool("pack_relu", self.pack_relu)
-        check_bool("exempt_first_last", self.exempt_first_last)
         momentum = self.hindsight
         is_number = isinstance(momentum, (int, float)) and not isinstance(momentum, bool)
         if momentum is not None and not (is_number and 0 <= momentum < 1):
             raise ConfigurationError(
                 f"hindsight={momentum!r} is not allowed; it is a momentum, 0 <= hindsight < 1, or None."
             )
-        names = self.exempt if isinstance(self.exempt, Iterable) and not isinstance(self.exempt, str) else (None,)
-        if not all(isinstance(pattern, str) for pattern in names):
-            raise ConfigurationError(
-                f"exempt={self.exempt!r} is not allowed; it is a list of name patterns, ['*.head']."
-            )
-        object.__setattr__(self, "exempt", tuple(self.exempt))
-        if self.products == "native" and (self.levels > 7):
+        if self.products == "native" and self.levels > 7:
             raise ConfigurationError("levels=8 has the code 128, beyond int8: use products='auto' or levels=7.")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether in-hindsight maxima are used."""
+        return self.hindsight is not None
+
+    def format(self) -> Format:
+        """INT4 and FP4."""
+        return LUQFormat(self)

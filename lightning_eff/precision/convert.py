@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.precision import operators  # noqa: F401 - registers what compiled graphs call
-from lightning_eff.precision.config import LUQConfig
+from lightning_eff.precision.config import LayerConfig
 from lightning_eff.precision.layers import STATE, twin_of
 from lightning_eff.precision.relu import PackedReLU
 from lightning_eff.precision.state import LayerState, RecentInputs, SeedStream
@@ -103,12 +103,12 @@ def _attention_reason(module: nn.Module) -> str:
     return "add_bias_kv and add_zero_attn have no 4-bit form" if extra else ""
 
 
-def _exempt_by_pattern(name: str, config: LUQConfig) -> str:
+def _exempt_by_pattern(name: str, config: LayerConfig) -> str:
     pattern = next((p for p in config.exempt if fnmatch.fnmatchcase(name, p)), None)
     return f"exempt: matches {pattern!r}" if pattern else ""
 
 
-def _check_patterns(config: LUQConfig, names: list[str]) -> None:
+def _check_patterns(config: LayerConfig, names: list[str]) -> None:
     for pattern in config.exempt:
         if not fnmatch.filter(names, pattern):
             raise ConfigurationError(
@@ -117,7 +117,7 @@ def _check_patterns(config: LUQConfig, names: list[str]) -> None:
             )
 
 
-def _reasons(found: list[tuple[str, nn.Module]], config: LUQConfig) -> dict[str, str]:
+def _reasons(found: list[tuple[str, nn.Module]], config: LayerConfig) -> dict[str, str]:
     """Layer name -> why it is left alone, empty if it is converted."""
     reasons = {
         name: (_attention_reason(module) or _exempt_by_pattern(name, config))
@@ -134,7 +134,7 @@ def _reasons(found: list[tuple[str, nn.Module]], config: LUQConfig) -> dict[str,
     return reasons
 
 
-def convert(model: nn.Module, config: LUQConfig, seeds: SeedStream | None = None) -> Conversion:
+def convert(model: nn.Module, config: LayerConfig, seeds: SeedStream | None = None) -> Conversion:
     """Convert ``model`` in place.
 
     Layers are left in high precision when their name matches ``config.exempt``, when they are the first or the last

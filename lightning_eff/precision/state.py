@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_eff.functional import hindsight_max, saturated_share, sqnr_db, zero_share
+from lightning_eff.functional import sqnr_db
 from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.random import rank_seed
-from lightning_eff.kernels.capability import native_int8
-from lightning_eff.kernels.products import scratch
-from lightning_eff.kernels.quantize import fingerprint, largest_magnitude, luq_codes, sawb_encode, unpack_int4
-from lightning_eff.precision.config import LUQConfig
+from lightning_eff.kernels.quantize import fingerprint
+from lightning_eff.precision.formats import SavedInput
+
+if TYPE_CHECKING:
+    from lightning_eff.precision.config import LayerConfig
 
 _MASK64 = (1 << 64) - 1
 
@@ -42,13 +42,6 @@ class SeedStream:
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
         return rank_seed(z ^ (z >> 31))
-
-
-class SavedInput(NamedTuple):
-    """A layer's input as kept for backward: INT4 codes two to a byte, and (scale, 1 if unsigned)."""
-
-    packed: Tensor
-    scale: Tensor
 
 
 Arrange = Callable[[Tensor], Tensor]
@@ -107,8 +100,8 @@ class LayerState:
         recent: the memory of the last input all layers of a model share.
     """
 
-    def __init__(self, name: str, config: LUQConfig, seeds: SeedStream, recent: RecentInputs | None = None) -> None:
-        self.name, self.config, self.seeds = name, config, seeds
+    def __init__(self, name: str, config: LayerConfig, seeds: SeedStream, recent: RecentInputs | None = None) -> None:
+        self.name, self.format, self.seeds = name, config.format(), seeds
         self.recent = RecentInputs() if recent is None else recent
         self.weights_only = False
         self.measure = False
@@ -131,10 +124,8 @@ class LayerState:
         self._register()
 
     def native(self, device: torch.device) -> bool:
-        """Whether this layer's products run on int8 units."""
-        if self.config.levels > 7 or self.config.products == "emulated":
-            return False
-        return self.config.products == "native" or native_int8(device)
+        """Whether this layer's products run on units made for its codes."""
+        return self.format.native(device)
 
     def invalidate(self) -> None:
         """Forget the weight codes: the weights have changed or may have."""
@@ -142,13 +133,13 @@ class LayerState:
         self.recent.clear()
 
     def encode_weight(self, weight: Tensor, *, cached: bool = True, arrange: Arrange | None = None) -> Codes:
-        """INT4 codes of ``weight``, rearranged by ``arrange``, made once per optimizer step.
+        """Codes of ``weight``, rearranged by ``arrange``, made once per optimizer step.
 
         The key holds the version counter and a sampled fingerprint: writes through ``.data`` do not move the former.
         """
         key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, fingerprint(weight))
         if not cached or (codes := self._cache.get(key)) is None:
-            codes = sawb_encode(weight.detach())[0]
+            codes = self.format.encode_weight(weight.detach())
             if self.measure:
                 self.metrics["weight_sqnr_db"] = sqnr_db(weight, codes.dequantize())
             codes = codes if arrange is None else Codes(arrange(codes.codes).contiguous(), codes.scale)
@@ -160,21 +151,17 @@ class LayerState:
     def encode_input(
         self, x: Tensor, arrange: Arrange, *, save: bool, cached: bool = True
     ) -> tuple[Codes, SavedInput | None]:
-        """INT4 codes of ``arrange(x)`` (in a shared buffer), and what to keep for backward if ``save``."""
-        unsigned = self.config.unsigned
+        """Codes of ``arrange(x)`` (in a shared buffer), and what to keep for backward if ``save``."""
         if save and cached and (kept := self.recent.find(x, arrange)):
             return self.restore_input(*kept), kept[0]
         values = arrange(x)
-        buffer = scratch("input", x.numel(), torch.int8) if x.device.type == "cpu" else None
-        codes, packed, is_unsigned = sawb_encode(values, unsigned=unsigned, pack=save, out=buffer)
+        codes, saved = self.format.encode_input(values, save=save)
         if self.measure:
             self.metrics["input_sqnr_db"] = sqnr_db(values, codes.dequantize())
-        if packed is None:
-            return codes, None
-        self._count(packed.numel() + 8, x.numel() * 4)
-        saved = SavedInput(packed, torch.stack([codes.scale, torch.full((), float(is_unsigned), device=x.device)]))
-        if cached:
-            self.recent.put(x, arrange, saved, values.shape)
+        if saved is not None:
+            self._count(saved.packed.nbytes + saved.scale.nbytes, x.numel() * 4)
+            if cached:
+                self.recent.put(x, arrange, saved, values.shape)
         return codes, saved
 
     def _count(self, kept: int, full: int) -> None:
@@ -187,45 +174,12 @@ class LayerState:
 
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
         """Undo the packing of :meth:`encode_input`; the codes lie in a shared buffer."""
-        numel = math.prod(shape)
-        buffer = scratch("input", numel, torch.int8) if saved.packed.device.type == "cpu" else None
-        codes = unpack_int4(saved.packed, numel, unsigned=bool(saved.scale[1]), out=buffer)
-        return Codes(codes.view(shape), saved.scale[0])
+        return self.format.restore_input(saved, shape)
 
     def encode_grad(self, grad: Tensor) -> list[Codes]:
-        """FP4 codes of an output gradient, one independent sample for each of ``config.samples``."""
-        config, observed = self.config, None
+        """Codes of an output gradient: independent samples whose mean the weight gradient takes."""
         self._counted = True
-        if config.hindsight is None or bool(self.hindsight.isnan()):
-            largest = largest_magnitude(grad)
-            observed = largest
-        else:
-            largest, observed = self.hindsight, torch.empty((), device=grad.device)
-        samples = []
-        for i in range(config.samples):
-            buffer = scratch(f"grad{i}", grad.numel(), torch.int8) if grad.device.type == "cpu" else None
-            codes = luq_codes(
-                grad,
-                levels=config.levels,
-                max_abs=largest,
-                power_of_two=config.power_of_two,
-                rounding=config.gradient_rounding,
-                seed=self.seeds.next(),
-                out=buffer,
-                observed=observed if largest is self.hindsight and i == 0 else None,
-            )
-            samples.append(codes)
-        if largest is self.hindsight and not bool(observed.isfinite()):  # NaN must not pass as the top code
-            samples = [Codes(codes.codes, torch.full_like(codes.scale, torch.nan)) for codes in samples]
-        if config.hindsight is not None:
-            self._observe(observed)
+        samples = self.format.encode_grad(grad, self)
         if self.measure:
-            self.metrics["grad_zeros"] = zero_share(samples[0].codes)
-            self.metrics["grad_saturated"] = saturated_share(samples[0].codes, 2 ** (config.levels - 1))
+            self.metrics |= self.format.grad_figures(grad, samples[0])
         return samples
-
-    def _observe(self, observed: Tensor) -> None:
-        if bool(observed.isfinite()):  # a broken step must not poison the estimate for good
-            self.hindsight = hindsight_max(
-                self.hindsight.to(observed.device), observed, momentum=self.config.hindsight or 0.0
-            )

@@ -20,7 +20,7 @@ from lightning_eff.functional import (
     smp_quantize,
 )
 from lightning_eff.functional.formats import TINY
-from lightning_eff.functional.luq import round_to_powers
+from lightning_eff.functional.luq import _inverse, round_to_powers
 from tests.functional.bounds import codebook, lognormal
 
 VECTOR = [0, 1, -1, 0.75, 0.6, -0.3, 0.1, 0.02, -0.01, 0.001]
@@ -62,6 +62,20 @@ def test_maximum_maps_to_itself_and_sign_is_kept(levels: int) -> None:
         assert q[top].abs() == q.abs().max()
         torch.testing.assert_close(q[top], x[top], rtol=0, atol=0)
         assert bool(((q == 0) | (q.sign() == x.sign())).all())
+
+
+@pytest.mark.parametrize("levels", range(2, 9))
+def test_maximum_reaches_the_top_level_before_any_rounding(levels: int) -> None:
+    """Else it would round down once in some million steps: 1 / alpha rounds down for about every third maximum."""
+    largest = torch.rand(50_000) + 0.5
+    alpha = torch.stack([luq_scale(value, levels=levels) for value in largest[:500]])
+    assert torch.equal(alpha, largest[:500] * 2.0 ** (1 - levels))
+    alpha, top = largest * 2.0 ** (1 - levels), 2.0 ** (levels - 1)
+    short = largest * (1 / alpha) < top
+    inverse = _inverse(alpha, largest, top)
+    assert 0.1 < short.float().mean() < 0.5
+    assert bool((largest * inverse >= top).all())
+    assert torch.equal(inverse[~short], (1 / alpha)[~short])
 
 
 @pytest.mark.parametrize("levels", range(2, 9))

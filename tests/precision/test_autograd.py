@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_eff.errors import UnsupportedLayerError
 from lightning_eff.kernels.build import library
-from lightning_eff.precision import state as state_module
+from lightning_eff.precision import luq_format
 from tests.harness import keep_globals
 from tests.precision.models import converted
 
@@ -122,14 +122,14 @@ def test_codes_are_let_go_with_the_graph() -> None:
 def encodes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the weights that have been encoded."""
     seen: list[tuple[int, ...]] = []
-    original = state_module.sawb_encode
+    original = luq_format.sawb_encode
 
     def watched(x: Tensor, **options: Any) -> Any:
         if "pack" not in options:
             seen.append(tuple(x.shape))
         return original(x, **options)
 
-    monkeypatch.setattr(state_module, "sawb_encode", watched)
+    monkeypatch.setattr(luq_format, "sawb_encode", watched)
     return seen
 
 

@@ -176,17 +176,17 @@ def test_with_other_options_of_the_trainer(options: dict[str, Any]) -> None:
 
 
 def test_accumulated_steps_share_the_weights_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_eff.precision import state as state_module
+    from lightning_eff.precision import luq_format
 
     shapes: list[Any] = []
-    original = state_module.sawb_encode
+    original = luq_format.sawb_encode
 
     def watched(x: Any, **options: Any) -> Any:
         if "pack" not in options:
             shapes.append(x.shape)
         return original(x, **options)
 
-    monkeypatch.setattr(state_module, "sawb_encode", watched)
+    monkeypatch.setattr(luq_format, "sawb_encode", watched)
     fit(precision="luq4", accumulate_grad_batches=4)  # eight micro-batches, two steps, two converted layers
     assert len(shapes) == 4
 

@@ -1,0 +1,107 @@
+"""Rounding to formats of up to eight bits by the compiled kernel; the same numbers from ``functional`` elsewhere.
+
+Float32 and bfloat16 on the CPU take the compiled path, one pass from values to values or codes; float16 is widened to
+float32 first (exact). Float64 and other devices and builds take ``functional``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+
+import torch
+from torch import Tensor
+
+from lightning_eff.functional import float_format as plain
+from lightning_eff.functional.float_format import FloatFormat, Infinity, Rounding, check_choices, unencodable
+from lightning_eff.functional.random import draw_seed
+from lightning_eff.kernels.build import library
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_CODES = 2
+_MASK64 = (1 << 64) - 1
+
+
+def _bits(value: float) -> int:
+    """The bits of a float32, as an integer."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+@functools.cache
+def _parameters(fmt: FloatFormat, infinity: Infinity) -> ctypes.Array[ctypes.c_int32]:
+    nan = -1 if fmt.nan_code is None else fmt.nan_code
+    inf = nan if fmt.inf_code is None else fmt.inf_code
+    numbers = (_bits(fmt.max), _bits(fmt.min_normal), fmt.mantissa_bits, fmt.bits - 1, nan, inf, infinity == "saturate")
+    return (ctypes.c_int32 * len(numbers))(*numbers)
+
+
+def _convert(
+    kernels: ctypes.CDLL, x: Tensor, fmt: FloatFormat, rounding: Rounding, seed: int | None, infinity: Infinity, out: Tensor
+) -> bool:
+    """Fill ``out``; return whether a value had no code."""
+    stochastic = rounding == "stochastic"
+    if stochastic:
+        seed = draw_seed() if seed is None else seed & _MASK64
+    bad = ctypes.c_int32()
+    kernels.eff_float_format(
+        x.data_ptr(),
+        _TYPES[x.dtype],
+        x.numel(),
+        _parameters(fmt, infinity),
+        stochastic,
+        seed or 0,
+        out.data_ptr(),
+        _TYPES.get(out.dtype, _CODES),
+        ctypes.byref(bad),
+        torch.get_num_threads(),
+    )
+    return bool(bad.value)
+
+
+def _prepared(x: Tensor) -> Tensor:
+    x = x.detach()
+    return (x.to(torch.float32) if x.dtype == torch.float16 else x).contiguous()
+
+
+def _library_for(x: Tensor) -> ctypes.CDLL | None:
+    return library() if x.device.type == "cpu" and x.dtype in (*_TYPES, torch.float16) else None
+
+
+def quantize(
+    x: Tensor,
+    fmt: FloatFormat,
+    *,
+    rounding: Rounding = "nearest",
+    seed: int | None = None,
+    infinity: Infinity = "propagate",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Values of ``fmt``, see :func:`lightning_eff.functional.float_format.quantize`; the result is contiguous."""
+    check_choices(rounding, infinity)
+    kernels = _library_for(x)
+    if kernels is None:
+        return plain.quantize(x, fmt, rounding=rounding, seed=seed, infinity=infinity, dtype=dtype)
+    dtype = dtype or x.dtype
+    out = torch.empty(x.shape, dtype=dtype if dtype in _TYPES else torch.float32)
+    _convert(kernels, _prepared(x), fmt, rounding, seed, infinity, out)
+    return out.to(dtype)
+
+
+def encode(
+    x: Tensor,
+    fmt: FloatFormat,
+    *,
+    rounding: Rounding = "nearest",
+    seed: int | None = None,
+    infinity: Infinity = "propagate",
+) -> Tensor:
+    """Codes of ``fmt``, see :func:`lightning_eff.functional.float_format.encode`; the result is contiguous."""
+    check_choices(rounding, infinity)
+    kernels = _library_for(x)
+    if kernels is None:
+        return plain.encode(x, fmt, rounding=rounding, seed=seed, infinity=infinity)
+    out = torch.empty(x.shape, dtype=torch.uint8)
+    if _convert(kernels, _prepared(x), fmt, rounding, seed, infinity, out):
+        raise unencodable(fmt)
+    return out

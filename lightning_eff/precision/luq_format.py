@@ -1,0 +1,90 @@
+"""The 4-bit formats of LUQ as layers use them: INT4 inputs and weights (SAWB), FP4 gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_eff.functional import hindsight_max, saturated_share, zero_share
+from lightning_eff.functional.formats import Codes
+from lightning_eff.kernels.capability import native_int8
+from lightning_eff.kernels.products import scratch
+from lightning_eff.kernels.quantize import largest_magnitude, luq_codes, sawb_encode, unpack_int4
+from lightning_eff.precision.formats import SavedInput
+
+if TYPE_CHECKING:
+    from lightning_eff.precision.config import LUQConfig
+    from lightning_eff.precision.state import LayerState
+
+
+def _buffer(name: str, numel: int, device: torch.device) -> Tensor | None:
+    return scratch(name, numel, torch.int8) if device.type == "cpu" else None
+
+
+@dataclass(frozen=True)
+class LUQFormat:
+    """See :class:`lightning_eff.precision.formats.Format`."""
+
+    config: LUQConfig
+
+    def native(self, device: torch.device) -> bool:
+        """Whether products run on int8 units."""
+        if self.config.levels > 7 or self.config.products == "emulated":
+            return False
+        return self.config.products == "native" or native_int8(device)
+
+    def encode_weight(self, weight: Tensor) -> Codes:
+        """INT4 codes."""
+        return sawb_encode(weight)[0]
+
+    def encode_input(self, x: Tensor, *, save: bool) -> tuple[Codes, SavedInput | None]:
+        """INT4 codes; kept two to a byte, with (scale, 1 if unsigned)."""
+        buffer = _buffer("input", x.numel(), x.device)
+        codes, packed, is_unsigned = sawb_encode(x, unsigned=self.config.unsigned, pack=save, out=buffer)
+        if packed is None:
+            return codes, None
+        flag = torch.full((), float(is_unsigned), device=x.device)
+        return codes, SavedInput(packed, torch.stack([codes.scale, flag]))
+
+    def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
+        """Unpack the INT4 codes."""
+        numel = math.prod(shape)
+        buffer = _buffer("input", numel, saved.packed.device)
+        codes = unpack_int4(saved.packed, numel, unsigned=bool(saved.scale[1]), out=buffer)
+        return Codes(codes.view(tuple(shape)), saved.scale[0])
+
+    def encode_grad(self, grad: Tensor, state: LayerState) -> list[Codes]:
+        """FP4 codes, ``config.samples`` times; with ``config.hindsight`` the maximum is the estimate in ``state``."""
+        estimated = self.config.hindsight is not None and not bool(state.hindsight.isnan())
+        largest = state.hindsight if estimated else largest_magnitude(grad)
+        observed = torch.empty((), device=grad.device) if estimated else largest
+        samples = [
+            luq_codes(
+                grad,
+                levels=self.config.levels,
+                max_abs=largest,
+                power_of_two=self.config.power_of_two,
+                rounding=self.config.gradient_rounding,
+                seed=state.seeds.next(),
+                out=_buffer(f"grad{i}", grad.numel(), grad.device),
+                observed=observed if estimated and i == 0 else None,
+            )
+            for i in range(self.config.samples)
+        ]
+        finite = bool(observed.isfinite()) if self.config.hindsight is not None else True
+        if estimated and not finite:  # NaN must not pass as the top code
+            samples = [Codes(codes.codes, torch.full_like(codes.scale, torch.nan)) for codes in samples]
+        if self.config.hindsight is not None and finite:  # a broken step must not poison the estimate for good
+            previous = state.hindsight.to(observed.device)
+            state.hindsight = hindsight_max(previous, observed, momentum=self.config.hindsight)
+        return samples
+
+    def grad_figures(self, grad: Tensor, codes: Codes) -> dict[str, Tensor]:
+        """Shares of zero and of saturated codes."""
+        top = 2 ** (self.config.levels - 1)
+        return {"grad_zeros": zero_share(codes.codes), "grad_saturated": saturated_share(codes.codes, top)}
