@@ -1,6 +1,7 @@
 """The mathematics of every method: tensors in, tensors out. Reads like the papers; imports no Lightning."""
 
 from lightning_eff.functional.formats import Codes, pack_int4, unpack_int4
+from lightning_eff.functional.fp8 import fp8_codes, fp8_quantize, fp8_scale
 from lightning_eff.functional.luq import (
     GRADIENT_ROUNDINGS,
     fnt_learning_rate,
@@ -19,6 +20,9 @@ __all__ = [
     "Codes",
     "draw_seed",
     "fnt_learning_rate",
+    "fp8_codes",
+    "fp8_quantize",
+    "fp8_scale",
     "hindsight_max",
     "luq_codes",
     "luq_quantize",

@@ -37,7 +37,13 @@ def _parameters(fmt: FloatFormat, infinity: Infinity) -> ctypes.Array[ctypes.c_i
 
 
 def _convert(
-    kernels: ctypes.CDLL, x: Tensor, fmt: FloatFormat, rounding: Rounding, seed: int | None, infinity: Infinity, out: Tensor
+    kernels: ctypes.CDLL,
+    x: Tensor,
+    fmt: FloatFormat,
+    rounding: Rounding,
+    seed: int | None,
+    infinity: Infinity,
+    out: Tensor,
 ) -> bool:
     """Fill ``out``; return whether a value had no code."""
     stochastic = rounding == "stochastic"

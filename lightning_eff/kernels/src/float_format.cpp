@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t BLOCK = 2048;      // elements per block, and per row of the random stream
 constexpr int64_t PARALLEL = 32768;  // fewer elements than this stay on one thread
+constexpr float NEAREST = 12582912.0f;  // 1.5 * 2^23: adding it to y <= 256 rounds y to an integer, ties to even
 constexpr int32_t MAGNITUDE = 0x7FFFFFFF, EXPONENT = 0x7F800000;
 
 using std::int64_t;
@@ -58,7 +59,7 @@ inline float rounded(int32_t magnitude, const Format& f, int64_t j, uint32_t see
     *power = std::max(a & EXPONENT, f.min_power_bits);
     // 1 / step = 2^m / power
     const float y = as_float(a) * as_float(0x7F000000 - *power + (f.mantissa << 23));
-    if (!STOCHASTIC) return std::rint(y);
+    if (!STOCHASTIC) return (y + NEAREST) - NEAREST;  // std::rint followed by a cast would not be vectorised
     const int32_t u = static_cast<int32_t>(mix(static_cast<uint32_t>(j) * 0x9E3779B9u + seed) >> 9);  // 23 bits
     const float lower = std::floor(y);
     return lower + (static_cast<float>(u) < (y - lower) * 8388608.0f ? 1.0f : 0.0f);
