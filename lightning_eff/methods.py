@@ -92,6 +92,29 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "eff/luq4/grad_saturated": "share of FP4 gradient codes at the top level, mean over layers",
                 },
             ),
+            MethodInfo(
+                name="fp8",
+                kind="precision",
+                class_name="FP8Precision",
+                shell="lightning_eff.precision.fp8:FP8Mixin",
+                summary="8-bit floating point: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor.",
+                paper=("Micikevicius et al.: FP8 Formats for Deep Learning. 2022. https://arxiv.org/abs/2209.05433"),
+                composes_with=("32-true", "bf16-mixed", "bf16-true"),
+                strategies=("single_device", "ddp"),
+                conflicts={
+                    "16-mixed": "the fp16 loss scaler hides non-finite gradients from the quantiser; use bf16-mixed",
+                    "16-true": "fp16 gradients underflow before they are quantised; use bf16-true",
+                    "fsdp": "not shown to work yet; use strategy='ddp'",
+                    "deepspeed": "not shown to work yet; use strategy='ddp'",
+                },
+                state_keys=("seed", "calls", "phase", "hindsight"),
+                metrics={
+                    "eff/fp8/weight_sqnr_db": "signal to quantisation noise of the E4M3 weights, dB, mean over layers",
+                    "eff/fp8/input_sqnr_db": "signal to quantisation noise of the E4M3 inputs, dB, mean over layers",
+                    "eff/fp8/grad_underflow": "share of gradient elements that became zero, mean over layers",
+                    "eff/fp8/grad_saturated": "share of gradient values at the top of E5M2, mean over layers",
+                },
+            ),
         )
     }
 )

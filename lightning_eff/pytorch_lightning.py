@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
     from lightning_eff.callbacks.low_precision import LowPrecisionMixin
     from lightning_eff.callbacks.luq_fine_tuning import LUQFineTuningMixin
+    from lightning_eff.precision.fp8 import FP8Mixin
     from lightning_eff.precision.luq import LUQMixin
+
+    class FP8Precision(FP8Mixin, Precision):
+        """8-bit floating point: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor."""
 
     class LUQPrecision(LUQMixin, Precision):
         """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
         """Trains the last steps of a luq4 run with INT4 weights alone."""
 
 
-__all__ = ["LUQFineTuning", "LUQPrecision", "LowPrecision"]
+__all__ = ["FP8Precision", "LUQFineTuning", "LUQPrecision", "LowPrecision"]
 
 _get = class_getter(__name__, "pytorch_lightning", {**public_shells("precision"), **public_shells("callback")})
 

@@ -60,14 +60,13 @@ def lognormal_fit(x: Tensor) -> LognormalFit:
     """Fit a lognormal distribution to the non-zero magnitudes of ``x``; one synchronisation with the device.
 
     Example:
-        >>> fit = lognormal_fit(torch.tensor([0.0, 1.0, -math.e**2, 0.0]))
+        >>> fit = lognormal_fit(torch.tensor([0.0, 1.0, -(math.e**2), 0.0]))
         >>> round(fit.mu, 6), round(fit.sigma, 6), fit.zero_share
         (1.0, 1.0, 0.5)
     """
     magnitudes = x.detach().abs().reshape(-1)
     magnitudes = magnitudes if magnitudes.dtype == torch.float64 else magnitudes.to(torch.float32)
     nonzero = magnitudes != 0
-    # ln is shifted by nothing and zeros count as 0: the sums are those of the non-zero elements.
     logs = torch.where(nonzero, magnitudes, 1.0).log()
     count = nonzero.sum()
     wide = torch.float32 if x.device.type == "mps" else torch.float64
@@ -224,7 +223,7 @@ def relative_error(exponent_bits: int, mantissa_bits: int, sigma2: float) -> flo
 
     Example:
         >>> round(relative_error(4, 3, 3.0), 4)
-        0.0225
+        0.0277
     """
     if not (sigma2 > 0 and math.isfinite(sigma2)):
         raise ConfigurationError(f"sigma2={sigma2!r} is not allowed; it is finite and above 0.")

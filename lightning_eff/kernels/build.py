@@ -42,6 +42,10 @@ SIGNATURES = {
     "eff_relu_grad": (_P, _I, _P, _L, _P, _I),
     "eff_scale": (_P, _I, _L, _L, _P, _P, _F, _P, _P, _I, _L, _I),
     "eff_gather": (_P, _L, _P, _L, _P, _P, _L, _P, _P, _I),
+    "eff_bf16_stochastic": (_P, _L, ctypes.c_uint64, _P, _I),
+    "eff_bf16_kahan": (_P, _P, _P, _L, _I),
+    "eff_bf16_split": (_P, _L, _P, _P, _I),
+    "eff_bf16_join": (_P, _P, _L, _P, _I),
     "eff_float_format": (_P, _I, _L, _P, _I, ctypes.c_uint64, _P, _I, _P, _I),
 }
 

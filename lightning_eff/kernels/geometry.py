@@ -90,9 +90,13 @@ def _axes(geometry: Geometry, depth: int) -> int:
     return int(depth == 1 and geometry.kernel[0] == 1 and geometry.padding[0] == 0)
 
 
+def _arithmetic(codes: Tensor) -> torch.dtype:
+    return torch.bfloat16 if codes.dtype == torch.bfloat16 else torch.float32
+
+
 def _image(codes: Tensor, axes: int) -> Tensor:
-    """(N, D, H, W, C) -> float32 (N, C, *axes), channels-last strides."""
-    wide = codes.to(torch.float32).permute(0, 4, 1, 2, 3)
+    """(N, D, H, W, C) -> float32 (bfloat16 stays) (N, C, *axes), channels-last strides."""
+    wide = codes.to(_arithmetic(codes)).permute(0, 4, 1, 2, 3)
     return wide.squeeze(2) if axes else wide
 
 
@@ -102,9 +106,9 @@ def _codes_layout(image: Tensor, axes: int) -> Tensor:
 
 
 def _kernel(codes: Tensor, geometry: Geometry, axes: int) -> Tensor:
-    """(O, T, C / groups) -> float32 (O, C / groups, *axes)."""
+    """(O, T, C / groups) -> float32 (bfloat16 stays) (O, C / groups, *axes)."""
     channels, _, inputs = codes.shape
-    return codes.to(torch.float32).transpose(1, 2).reshape(channels, inputs, *geometry.kernel[axes:])
+    return codes.to(_arithmetic(codes)).transpose(1, 2).reshape(channels, inputs, *geometry.kernel[axes:])
 
 
 def _backward(grad: Tensor, image: Tensor, kernel: Tensor, geometry: Geometry, axes: int, which: int) -> Tensor:
@@ -131,7 +135,7 @@ def emulated_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, size: 
     """Integer sums of the input gradient, float32 (N, D, H, W, C)."""
     axes = _axes(geometry, size[0])
     shape = (grad.shape[0], weight.shape[2] * geometry.groups, *size[axes:])
-    image = grad.new_empty((), dtype=torch.float32).expand(shape)
+    image = grad.new_empty((), dtype=_arithmetic(grad)).expand(shape)
     sums = _backward(_image(grad, axes), image, _kernel(weight, geometry, axes), geometry, axes, 0)
     return _codes_layout(sums, axes)
 
@@ -140,6 +144,6 @@ def emulated_weight_grad(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """Integer sums of the weight gradient, float32 (O, T, C / groups), contiguous."""
     axes = _axes(geometry, x.shape[1])
     shape = (grad.shape[-1], x.shape[-1] // geometry.groups, *geometry.kernel[axes:])
-    kernel = grad.new_empty((), dtype=torch.float32).expand(shape)
+    kernel = grad.new_empty((), dtype=_arithmetic(grad)).expand(shape)
     sums = _backward(_image(grad, axes), _image(x, axes), kernel, geometry, axes, 1)
     return sums.flatten(2).transpose(1, 2).contiguous()

@@ -23,6 +23,9 @@ _INT32_TERMS = 2**31 // LARGEST_TERM
 _FLOAT32_TERMS = 2**24 // LARGEST_TERM
 
 
+_SUM_TYPES = {torch.float32: 0, torch.int32: 1, torch.bfloat16: 2}
+
+
 class _Scratch(threading.local):
     """Grow-only buffers reused by every layer: fresh large temporaries cost more in page faults than the arithmetic."""
 
@@ -70,18 +73,20 @@ def _widened(name: str, codes: Tensor) -> Tensor:
 
 
 def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
-    """Exact product of integer codes.
+    """Product of codes: exact for integers.
 
     Args:
-        a: (M, K) int8 (int16 for codes beyond int8: never native).
+        a: (M, K) int8 (int16 for codes beyond int8: never native), or bfloat16 holding FP8 values.
         b: (K, N) likewise.
         native: use the int8 units.
 
     Returns:
-        (M, N): int32, or float32 holding integers. A buffer that the next call overwrites.
+        (M, N): int32, float32 holding integers, or bfloat16. Possibly a buffer that the next call overwrites.
     """
     if a.shape[1] == 0 or a.numel() == 0 or b.numel() == 0:
         return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
+    if a.dtype == torch.bfloat16:  # FP8 values: accumulated in float32, the sum rounded to bfloat16 once
+        return torch.mm(a, b)
     if native and a.dtype == b.dtype == torch.int8:
         return _int_mm(a, b)
     if a.shape[1] <= _FLOAT32_TERMS:
@@ -124,7 +129,7 @@ def rescale(
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     kernels.eff_scale(
         acc.data_ptr(),
-        int(acc.dtype == torch.int32),
+        _SUM_TYPES[acc.dtype],
         rows,
         columns,
         a.data_ptr(),

@@ -13,13 +13,17 @@ from lightning_eff.integration.namespaces import class_getter, public_shells
 if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
 
+    from lightning_eff.precision.fp8 import FP8Mixin
     from lightning_eff.precision.luq import LUQMixin
+
+    class FP8Precision(FP8Mixin, Precision):  # type: ignore[misc]
+        """8-bit floating point: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor."""
 
     class LUQPrecision(LUQMixin, Precision):  # type: ignore[misc]
         """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
 
 
-__all__ = ["LUQPrecision"]
+__all__ = ["FP8Precision", "LUQPrecision"]
 
 _get = class_getter(__name__, "lightning.pytorch", public_shells("precision"))
 

@@ -36,6 +36,9 @@ class QuantizedPrecisionMixin:
 
     info: ClassVar[MethodInfo]
     formats: ClassVar[str]
+    """Formats of input, weight and gradient, for the table."""
+    products: ClassVar[tuple[str, str]]
+    """How native and other products run, for the table."""
 
     config: LayerConfig
 
@@ -74,7 +77,7 @@ class QuantizedPrecisionMixin:
             )
         elif _rank() == 0:
             native = next(iter(conversion.states.values())).native(device)
-            formats = f"{self.formats}: {'native int8' if native else 'emulated in float32'}"
+            formats = f"{self.formats}: {self.products[not native]}"
             title = (
                 f"{self.info.name}: {len(conversion.states)} of {len(conversion.rows)} layers with weights converted"
             )

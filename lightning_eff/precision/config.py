@@ -10,6 +10,7 @@ from lightning_eff.errors import ConfigurationError, nearest
 from lightning_eff.functional.luq import GRADIENT_ROUNDINGS, Rounding
 from lightning_eff.functional.sawb import Unsigned
 from lightning_eff.precision.formats import Format
+from lightning_eff.precision.fp8_format import FP8Format
 from lightning_eff.precision.luq_format import LUQFormat
 
 Products = Literal["auto", "native", "emulated"]
@@ -120,3 +121,22 @@ class LUQConfig(LayerConfig):
     def format(self) -> Format:
         """INT4 and FP4."""
         return LUQFormat(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP8Config(LayerConfig):
+    """Options of ``fp8``; see :class:`lightning_eff.precision.fp8.FP8Mixin` for their meaning.
+
+    Raises:
+        ConfigurationError: an option is outside its range.
+    """
+
+    power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bool("power_of_two", self.power_of_two)
+
+    def format(self) -> Format:
+        """E4M3 and E5M2."""
+        return FP8Format(self)

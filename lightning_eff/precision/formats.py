@@ -27,6 +27,11 @@ class Format(Protocol):
     Codes lie in shared buffers: they are good until the next tensor of the same role is encoded.
     """
 
+    nibbles: int
+    """Half bytes kept for backward per element of an input."""
+    code_dtype: torch.dtype
+    """Dtype of the codes of a weight."""
+
     def native(self, device: torch.device) -> bool:
         """Whether products of these codes run on units made for them on ``device``."""
 

@@ -125,7 +125,9 @@ class LinearFunction(torch.autograd.Function):
 def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
     """Quantised ``x @ weight.T + bias``; shapes as :func:`torch.nn.functional.linear`."""
     if torch.compiler.is_compiling():
-        y: Tensor = torch.ops.lightning_eff.linear(x, weight, bias, state.handle, _result_dtype(x))[0]
+        y: Tensor = torch.ops.lightning_eff.linear(
+            x, weight, bias, state.handle, _result_dtype(x), state.format.nibbles, state.format.code_dtype
+        )[0]
         return y
     result: Tensor = LinearFunction.apply(x, weight, bias, state, torch.is_grad_enabled())
     return result
@@ -235,7 +237,9 @@ def quantized_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerS
     """Quantised convolution of a batched ``x`` (N, C, *space); zero padding only."""
     if torch.compiler.is_compiling():
         numbers = [*geometry.kernel, *geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
-        y: Tensor = torch.ops.lightning_eff.conv(x, weight, bias, state.handle, numbers, _result_dtype(x))[0]
+        y: Tensor = torch.ops.lightning_eff.conv(
+            x, weight, bias, state.handle, numbers, _result_dtype(x), state.format.nibbles, state.format.code_dtype
+        )[0]
         return y
     result: Tensor = ConvFunction.apply(x, weight, bias, state, geometry, torch.is_grad_enabled())
     return result

@@ -49,6 +49,7 @@ class LUQMixin(QuantizedPrecisionMixin):
     """
 
     info: ClassVar[MethodInfo] = METHODS["luq4"]
+    products: ClassVar[tuple[str, str]] = ("native int8", "emulated in float32")
     formats: ClassVar[str] = "INT4 x INT4 (SAWB), FP4 (LUQ)"
 
     def __init__(

@@ -32,6 +32,9 @@ class LUQFormat:
 
     config: LUQConfig
 
+    nibbles = 1
+    code_dtype = torch.int8
+
     def native(self, device: torch.device) -> bool:
         """Whether products run on int8 units."""
         if self.config.levels > 7 or self.config.products == "emulated":

@@ -31,15 +31,21 @@ def _outputs(y: Tensor, saved: SavedInput | None, weight: Codes, dtype: torch.dt
     return y.to(dtype), saved.packed, saved.scale, weight.codes.clone(), weight.scale.clone()
 
 
-def _fake_outputs(y: Tensor, x: Tensor, weight_shape: Sequence[int]) -> Outputs:
-    packed = x.new_empty(((x.numel() + 1) // 2,), dtype=torch.uint8)
+def _fake_outputs(y: Tensor, x: Tensor, weight_shape: Sequence[int], nibbles: int, code_dtype: torch.dtype) -> Outputs:
+    packed = x.new_empty(((x.numel() * nibbles + 1) // 2,), dtype=torch.uint8)
     scale = x.new_empty((2,), dtype=torch.float32)
-    return y, packed, scale, x.new_empty(weight_shape, dtype=torch.int8), x.new_empty((), dtype=torch.float32)
+    return y, packed, scale, x.new_empty(weight_shape, dtype=code_dtype), x.new_empty((), dtype=torch.float32)
 
 
 @torch.library.custom_op("lightning_eff::linear", mutates_args=())
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    handle: Tensor,
+    dtype: torch.dtype,
+    nibbles: int,
+    code_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantised linear map: output, packed input, (scale, unsigned), weight codes, weight scale."""
     y, saved, codes = functions.linear_forward(x, weight, bias, state_of(handle), save=True, cached=False)
@@ -47,9 +53,17 @@ def linear(
 
 
 @linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, dtype: torch.dtype) -> Outputs:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    handle: Tensor,
+    dtype: torch.dtype,
+    nibbles: int,
+    code_dtype: torch.dtype,
+) -> Outputs:
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
-    return _fake_outputs(y, x, weight.shape)
+    return _fake_outputs(y, x, weight.shape, nibbles, code_dtype)
 
 
 @torch.library.custom_op("lightning_eff::linear_backward", mutates_args=())
@@ -86,14 +100,14 @@ def _(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, weight, bias, handle, _ = inputs
+    x, weight, bias, handle, *_ = inputs
     ctx.save_for_backward(*output[1:], handle)
     ctx.dtypes, ctx.has_bias = (x.dtype, weight.dtype), bias is not None
 
 
 def _linear_grads(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dx, dw, db = torch.ops.lightning_eff.linear_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.dtypes)
-    return dx, dw, db if ctx.has_bias else None, None, None
+    return dx, dw, db if ctx.has_bias else None, None, None, None, None
 
 
 linear.register_autograd(_linear_grads, setup_context=_linear_setup)
@@ -101,7 +115,14 @@ linear.register_autograd(_linear_grads, setup_context=_linear_setup)
 
 @torch.library.custom_op("lightning_eff::conv", mutates_args=())
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, geometry: Sequence[int], dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    handle: Tensor,
+    geometry: Sequence[int],
+    dtype: torch.dtype,
+    nibbles: int,
+    code_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantised convolution: output, packed input, (scale, unsigned), weight codes (O, T, C), weight scale."""
     y, saved, codes = functions.conv_forward_last(
@@ -117,12 +138,19 @@ def _channels_last(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tenso
 
 @conv.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, handle: Tensor, geometry: Sequence[int], dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    handle: Tensor,
+    geometry: Sequence[int],
+    dtype: torch.dtype,
+    nibbles: int,
+    code_dtype: torch.dtype,
 ) -> Outputs:
     dims = x.dim() - 2
     size = _geometry(geometry).out_size((*(1,) * (3 - dims), *x.shape[2:]))[3 - dims :]
     y = _channels_last(x, (x.shape[0], weight.shape[0], *size), dtype)
-    return _fake_outputs(y, x, (weight.shape[0], weight[0, 0].numel(), weight.shape[1]))
+    return _fake_outputs(y, x, (weight.shape[0], weight[0, 0].numel(), weight.shape[1]), nibbles, code_dtype)
 
 
 @torch.library.custom_op("lightning_eff::conv_backward", mutates_args=())
@@ -175,7 +203,7 @@ def _all(grads: functions.Grads) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, weight, bias, handle, geometry, _ = inputs
+    x, weight, bias, handle, geometry, *_ = inputs
     ctx.save_for_backward(*output[1:], handle)
     ctx.rest = (geometry, x.shape, weight.shape, x.dtype, weight.dtype)
     ctx.has_bias = bias is not None
@@ -183,7 +211,7 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 def _conv_grads(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dx, dw, db = torch.ops.lightning_eff.conv_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return dx, dw, db if ctx.has_bias else None, None, None, None
+    return dx, dw, db if ctx.has_bias else None, None, None, None, None, None
 
 
 conv.register_autograd(_conv_grads, setup_context=_conv_setup)

@@ -80,6 +80,7 @@ void value_block(const In* x, Out* out, int64_t count, const Format f, uint32_t 
 
 template <bool STOCHASTIC, class In>
 bool code_block(const In* x, uint8_t* out, int64_t count, const Format f, uint32_t seed) {
+    const int32_t propagate = -static_cast<int32_t>(!f.saturate);
     int32_t bad = 0;
     #pragma omp simd reduction(|:bad)
     for (int64_t j = 0; j < count; ++j) {
@@ -87,12 +88,14 @@ bool code_block(const In* x, uint8_t* out, int64_t count, const Format f, uint32
         int32_t power;
         const float y = rounded<STOCHASTIC>(magnitude, f, j, seed, &power);
         int32_t code = static_cast<int32_t>(y) + (((power - f.min_power_bits) >> 23) << f.mantissa);
-        const bool nan = magnitude > EXPONENT, inf = magnitude == EXPONENT && !f.saturate;
-        code = nan ? f.nan_code : inf ? f.inf_code : code;
-        bad |= (nan || inf) && f.nan_code < 0;
+        // Masks instead of branches, which would keep the loop from being vectorised.
+        const int32_t nan = -static_cast<int32_t>(magnitude > EXPONENT);
+        const int32_t inf = -static_cast<int32_t>(magnitude == EXPONENT) & propagate;
+        code = (code & ~(nan | inf)) | (nan & f.nan_code) | (inf & f.inf_code);
+        bad |= nan | inf;
         out[j] = static_cast<uint8_t>(code | ((bits < 0) << f.sign_shift));
     }
-    return bad;
+    return bad && f.nan_code < 0;
 }
 
 template <bool STOCHASTIC, class In>

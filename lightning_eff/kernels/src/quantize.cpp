@@ -166,15 +166,27 @@ template <> struct Store<uint16_t> {  // bfloat16, round to nearest even; NaN st
     }
 };
 
+inline float widen(float x) { return x; }
+inline float widen(int32_t x) { return static_cast<float>(x); }
+inline float widen(uint16_t x) { return as_float(static_cast<int32_t>(static_cast<uint32_t>(x) << 16)); }
+
 template <class In, class Out>
 void scale_rows(const In* acc, int64_t rows, int64_t cols, float scale, const float* bias, Out* out, int64_t stride,
                 int threads) {
     #pragma omp parallel for num_threads(threads) if (rows * cols >= PARALLEL)
     for (int64_t r = 0; r < rows; ++r) {
         const In* a = acc + r * cols; Out* o = out + r * stride;
-        if (bias) for (int64_t c = 0; c < cols; ++c) o[c] = Store<Out>::from(static_cast<float>(a[c]) * scale + bias[c]);
-        else for (int64_t c = 0; c < cols; ++c) o[c] = Store<Out>::from(static_cast<float>(a[c]) * scale);
+        if (bias) for (int64_t c = 0; c < cols; ++c) o[c] = Store<Out>::from(widen(a[c]) * scale + bias[c]);
+        else for (int64_t c = 0; c < cols; ++c) o[c] = Store<Out>::from(widen(a[c]) * scale);
     }
+}
+
+template <class Out>
+void scale_any(const void* acc, int type, int64_t rows, int64_t cols, float scale, const float* bias, Out* out,
+               int64_t stride, int threads) {
+    if (type == 0) scale_rows(static_cast<const float*>(acc), rows, cols, scale, bias, out, stride, threads);
+    else if (type == 1) scale_rows(static_cast<const int32_t*>(acc), rows, cols, scale, bias, out, stride, threads);
+    else scale_rows(static_cast<const uint16_t*>(acc), rows, cols, scale, bias, out, stride, threads);
 }
 
 inline void copy_bytes(int8_t* to, const int8_t* from, int64_t bytes) {
@@ -307,16 +319,12 @@ void eff_relu_grad(const void* grad, int type, const uint8_t* mask, int64_t n, v
 }
 
 // out[r, c] = acc[r, c] * (*scale_a * *scale_b * factor) + bias[c]; rows of `out` are `stride` elements apart.
-// acc_type: 0 float32 (exact integers), 1 int32. out_type: 0 float32, 1 bfloat16.
+// acc_type: 0 float32 (exact integers), 1 int32, 2 bfloat16. out_type: 0 float32, 1 bfloat16.
 void eff_scale(const void* acc, int acc_type, int64_t rows, int64_t cols, const float* scale_a, const float* scale_b,
                float factor, const float* bias, void* out, int out_type, int64_t stride, int threads) {
     const float scale = *scale_a * *scale_b * factor;
-    const auto* ints = static_cast<const int32_t*>(acc); const auto* floats = static_cast<const float*>(acc);
-    auto* o32 = static_cast<float*>(out); auto* o16 = static_cast<uint16_t*>(out);
-    if (acc_type == 1 && out_type == 0) scale_rows(ints, rows, cols, scale, bias, o32, stride, threads);
-    else if (acc_type == 1) scale_rows(ints, rows, cols, scale, bias, o16, stride, threads);
-    else if (out_type == 0) scale_rows(floats, rows, cols, scale, bias, o32, stride, threads);
-    else scale_rows(floats, rows, cols, scale, bias, o16, stride, threads);
+    if (out_type == 0) scale_any(acc, acc_type, rows, cols, scale, bias, static_cast<float*>(out), stride, threads);
+    else scale_any(acc, acc_type, rows, cols, scale, bias, static_cast<uint16_t*>(out), stride, threads);
 }
 
 // Gather for convolution as a product:

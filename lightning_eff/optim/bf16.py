@@ -1,0 +1,278 @@
+"""Any ``torch.optim`` optimizer, made to update bfloat16 parameters without losing small updates.
+
+The optimizer object stays the one the user made: its class becomes a subclass that runs the original ``step`` on
+float32 shadows. For the time of one step the shadows take the parameters' places in ``param_groups`` and ``state``;
+afterwards the new values are written into the parameters. The parameters themselves are never exchanged, nor is their
+``data``: hooks, DDP's gradient buckets and ties stay as they are. Between steps no float32 copy of a weight exists.
+
+    update   how a weight is written back                             kept per parameter, besides the optimizer's state
+    sr       stochastically rounded, right in the mean                nothing
+    kahan    rounded; a compensation takes up what was lost           2 bytes, bfloat16
+    split    the upper half is the weight, the lower half is kept     2 bytes, int16; float32 exactly
+
+Optimizer states (momenta) of bfloat16 parameters are float32. During ``step`` the shadows and the widened gradients
+take 8 bytes per parameter, which are free again when it returns.
+
+References:
+    See :mod:`lightning_eff.functional.bf16`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
+from lightning_eff.kernels.bf16 import join_fp32, write_kahan, write_split, write_stochastic
+
+Update = Literal["sr", "kahan", "split"]
+UPDATES: tuple[str, ...] = get_args(Update)
+_KEPT: dict[str, tuple[str, torch.dtype]] = {"kahan": ("compensation", torch.bfloat16), "split": ("lo", torch.int16)}
+"""update -> key in the optimizer's state of a parameter, and the dtype of what is kept there."""
+_SCALARS = "bf16"
+"""Key of the optimizer's ``state_dict`` with the update, the seed and the number of steps."""
+_MASK = (1 << 64) - 1
+
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
+
+
+def bf16_updates(optimizer: OptimizerT, *, update: Update = "split", seed: int | None = None) -> OptimizerT:
+    """Make ``optimizer`` update its bfloat16 parameters in float32, in place, and return it.
+
+    Parameters of other dtypes are updated as they always were. Parameter groups, closures, hooks, schedulers made
+    before or after, and ``add_param_group`` work as before; ``state_dict`` holds what an exact continuation needs, and
+    a plain optimizer loads it. Doing it again with the same ``update`` changes nothing.
+
+    Args:
+        optimizer: any optimizer that evaluates its closure at most once in a step.
+        update: ``"split"`` (float32 exactly), ``"kahan"`` or ``"sr"``.
+        seed: of the stochastic rounding; the same on every rank that holds the same parameters. Default:
+            ``torch.initial_seed()``.
+
+    Raises:
+        ConfigurationError: ``update`` is not known, or the optimizer already has another one.
+        UnsupportedCombinationError: the optimizer evaluates its closure several times (LBFGS), or its ``step`` has
+            been replaced by something that is not a scheduler's.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        >>> optimizer = bf16_updates(torch.optim.SGD([weight], lr=1e-3), update="split")
+        >>> for _ in range(500):
+        ...     weight.grad = -torch.ones_like(weight)
+        ...     optimizer.step()
+        >>> weight.item()
+        1.5
+    """
+    if update not in UPDATES:
+        raise ConfigurationError(f"update={update!r} is not known.{nearest(str(update), UPDATES)} Allowed: {UPDATES}.")
+    if isinstance(optimizer, ShadowedOptimizer):
+        if optimizer.update != update:
+            raise ConfigurationError(f"The optimizer already has update={optimizer.update!r}; {update!r} was given.")
+        return optimizer
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise _several_closures(optimizer)
+    patched = optimizer.__dict__.get("step")
+    if patched is not None:
+        if not any(hasattr(patched, mark) for mark in _SCHEDULER_MARKS):
+            raise UnsupportedCombinationError(
+                f"The method `step` of this {type(optimizer).__name__} has been replaced by {patched!r}, which would "
+                "go past the bfloat16 updates. Replace it after bf16_updates(optimizer)."
+            )
+        del optimizer.__dict__["step"]  # a scheduler's counter around the old step; ours counts for schedulers itself
+    optimizer.__class__ = _shadowed(type(optimizer))
+    optimizer._bf16 = {  # type: ignore[attr-defined]
+        "update": update,
+        "seed": (torch.initial_seed() if seed is None else seed) & _MASK,
+        "steps": 0,
+    }
+    return optimizer
+
+
+def _several_closures(optimizer: Optimizer) -> UnsupportedCombinationError:
+    return UnsupportedCombinationError(
+        f"{type(optimizer).__name__} evaluates its closure several times in one step, each time at other weights; "
+        "bfloat16 updates write the weights once per step. Use an optimizer that evaluates it once, or float32 weights."
+    )
+
+
+class _Evaluated:
+    """A closure that has already run: gives its loss, once."""
+
+    def __init__(self, optimizer: Optimizer, loss: Any) -> None:
+        self.optimizer, self.loss, self.asked = optimizer, loss, False
+
+    def __call__(self) -> Any:
+        if self.asked:
+            raise _several_closures(self.optimizer)
+        self.asked = True
+        return self.loss
+
+
+def _step(self: ShadowedOptimizer, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Evaluate ``closure`` at the bfloat16 weights, then run the original step on float32 shadows."""
+    self._opt_called = True  # what a scheduler's wrapper around `step` would do, in this torch ...
+    if hasattr(self, "_step_count"):
+        self._step_count += 1  # ... and in older ones
+    if closure is not None:
+        with torch.enable_grad():
+            args = (_Evaluated(self, closure()), *args)
+    with self._on_shadows():
+        result = self._original_step(*args, **kwargs)
+    self._bf16["steps"] += 1
+    return result
+
+
+_SCHEDULER_MARKS = ("_wrapped_by_lr_sched", "_with_counter")
+"""How a scheduler knows that ``step`` tells it of its calls: torch from 2.5 on, and before."""
+
+_hooked_step: Any = Optimizer.profile_hook_step(_step)  # hooks run around the whole step and see the user's parameters
+for _mark in ("hooked", *_SCHEDULER_MARKS):
+    setattr(_hooked_step, _mark, True)
+
+
+class ShadowedOptimizer(Optimizer):
+    """What :func:`bf16_updates` puts before the class of an optimizer. Never constructed by itself."""
+
+    _bf16: dict[str, Any]
+    _original: type[Optimizer]
+
+    step = _hooked_step
+
+    @property
+    def update(self) -> str:
+        """``"sr"``, ``"kahan"`` or ``"split"``."""
+        return str(self._bf16["update"])
+
+    def _original_step(self, *args: Any, **kwargs: Any) -> Any:
+        step: Any = self._original.step
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step  # the hooks have been called
+        return step(self, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------ one step
+
+    @contextlib.contextmanager
+    def _on_shadows(self) -> Iterator[None]:
+        """Put shadows in the places of the bfloat16 parameters that have a gradient; write back what they became."""
+        shadows: dict[Tensor, nn.Parameter] = {}
+        kept: dict[Tensor, Tensor] = {}
+        places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        with torch.no_grad():
+            for p in places:
+                if p.dtype is torch.bfloat16 and p.grad is not None:
+                    kept[p] = self._take_kept(p)
+                    shadows[p] = nn.Parameter(self._wide(p, kept[p]))
+                    shadows[p].grad = p.grad.to(torch.float32)
+        done = False
+        try:
+            with self._exchanged(shadows):
+                yield
+            done = True
+        finally:
+            with torch.no_grad():
+                for p in list(shadows):
+                    shadow = shadows.pop(p)
+                    if done:
+                        self._write(p, shadow, kept[p], places[p])
+                    if self.update in _KEPT:
+                        self.state[p][_KEPT[self.update][0]] = kept[p]
+
+    @contextlib.contextmanager
+    def _exchanged(self, places: dict[Tensor, nn.Parameter]) -> Iterator[None]:
+        """Let ``places[p]`` stand for ``p`` in the parameter groups and in the state."""
+        lists = [(group["params"], list(group["params"])) for group in self.param_groups]
+        for params, _ in lists:
+            params[:] = [places.get(p, p) for p in params]
+        self._rename({p: stand_in for p, stand_in in places.items()})  # noqa: C416
+        try:
+            yield
+        finally:
+            for params, originals in lists:
+                params[:] = originals
+            self._rename({stand_in: p for p, stand_in in places.items()})
+
+    def _rename(self, names: dict[Any, Any]) -> None:
+        for old, new in names.items():
+            if old in self.state and (state := self.state.pop(old)):
+                self.state[new] = state
+
+    def _take_kept(self, p: Tensor) -> Tensor:
+        """What the update keeps for ``p``, taken out of the optimizer's state: optimizers start where that is empty."""
+        if self.update not in _KEPT:
+            return p
+        key, dtype = _KEPT[self.update]
+        kept = self.state[p].pop(key, None) if p in self.state else None
+        if kept is None:
+            return torch.zeros(p.shape, dtype=dtype, device=p.device)
+        return kept.to(p.device)  # type: ignore[no-any-return]
+
+    def _wide(self, p: Tensor, kept: Tensor) -> Tensor:
+        return join_fp32(p, kept) if self.update == "split" else p.detach().to(torch.float32)
+
+    def _write(self, p: Tensor, shadow: Tensor, kept: Tensor, place: int) -> None:
+        """Bring the float32 result into the bfloat16 parameter."""
+        if self.update == "sr":
+            write_stochastic(p, shadow, _seed(self._bf16["seed"], self._bf16["steps"], place))
+        elif self.update == "kahan":
+            write_kahan(p, kept, shadow.detach().sub_(p))
+        else:
+            write_split(p, kept, shadow)
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state with what is kept for each parameter, and the update, the seed, the steps."""
+        return {**super().state_dict(), _SCALARS: dict(self._bf16)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly; a state of a plain optimizer, or of another update, is taken as far as it goes.
+
+        torch casts states to the dtype of their parameter: for bfloat16 ones, to that of the shadow.
+        """
+        every = [p for group in self.param_groups for p in group["params"] if p.dtype is torch.bfloat16]
+        stand_ins = {p: nn.Parameter(torch.empty(0, device=p.device, dtype=torch.float32)) for p in every}
+        with self._exchanged(stand_ins):
+            super().load_state_dict(state_dict)
+        for p in every:
+            for update, (key, dtype) in _KEPT.items():
+                if p in self.state and key in self.state[p]:
+                    kept = self.state[p].pop(key)
+                    if update == self.update:
+                        self.state[p][key] = kept.to(dtype)  # through float32, which holds either dtype exactly
+        saved = state_dict.get(_SCALARS)
+        if saved is not None:
+            self._bf16.update(seed=saved["seed"], steps=saved["steps"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_bf16": dict(self._bf16)}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._original,), self.__getstate__()
+
+
+def _seed(seed: int, step: int, place: int) -> int:
+    """A 64-bit seed for each step and parameter (splitmix64, twice)."""
+    for number in (step + 1, place + 1):
+        seed = (seed + number * 0x9E3779B97F4A7C15) & _MASK
+        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & _MASK
+        seed ^= seed >> 31
+    return seed
+
+
+@functools.cache
+def _shadowed(original: type[Any]) -> type[Any]:
+    """The class (ours, ``original``); the same for equal arguments."""
+    body = {"__module__": __name__, "__doc__": original.__doc__, "_original": original}
+    return type(f"BF16{original.__name__}", (ShadowedOptimizer, original), body)
+
+
+def _rebuild(original: type[Any]) -> Any:
+    """An empty instance of the class made from ``original`` (copying and unpickling)."""
+    made: Any = _shadowed(original)
+    return made.__new__(made)

@@ -1,0 +1,97 @@
+"""The compiled bfloat16 write-back against ``functional``: bit for bit, at any size and number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_eff.functional import bf16 as functional
+from lightning_eff.kernels import bf16, build
+from tests.harness import keep_globals
+
+SIZES = (0, 1, 63, 2047, 2048, 2049, 32767, 32769, 100_003)  # rows of 2048, threads from 32768
+
+
+@pytest.fixture(autouse=True)
+def _compiled() -> None:
+    if build.library() is None:
+        pytest.skip("no compiled kernels here")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    with keep_globals():
+        torch.set_num_threads(request.param)
+        yield request.param
+
+
+def patterns(size: int) -> Tensor:
+    """Random bits: every kind of number there is, NaN and Inf as well."""
+    x = torch.randint(-(2**31), 2**31, (size,)).to(torch.int32).view(torch.float32)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 1e-40])
+    x[: special.numel()] = special[:size]
+    return x
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    whole = torch.int32 if a.dtype is torch.float32 else torch.int16
+    return torch.equal(a.view(whole), b.view(whole))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_stochastic_rounding(size: int, threads: int, seed: int) -> None:
+    x, weight = patterns(size), torch.empty(size, dtype=torch.bfloat16)
+    for number in (seed, -1, 2**64 - 3):
+        bf16.write_stochastic(weight, x, number)
+        assert same(weight, functional.bf16_stochastic_round(x, number))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_split_and_join(size: int, threads: int, seed: int) -> None:
+    x, weight, lo = patterns(size), torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.int16)
+    bf16.write_split(weight, lo, x)
+    hi, lower = functional.split_fp32(x)
+    assert same(weight, hi)
+    assert torch.equal(lo, lower)
+    assert same(bf16.join_fp32(weight, lo), functional.join_fp32(hi, lower))
+
+
+def test_join_of_any_two_halves(seed: int) -> None:
+    hi = torch.randint(-(2**15), 2**15, (50_000,), dtype=torch.int16).view(torch.bfloat16)
+    lo = torch.randint(-(2**15), 2**15, (50_000,), dtype=torch.int16)
+    assert same(bf16.join_fp32(hi, lo), functional.join_fp32(hi, lo))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_kahan(size: int, threads: int, seed: int) -> None:
+    for update in (patterns(size), torch.randn(size) * 1e-3):
+        weight = torch.randn(size).to(torch.bfloat16)
+        rest = (torch.randn(size) * 1e-3).to(torch.bfloat16)
+        new, new_rest = functional.kahan_step(weight, rest, update)
+        bf16.write_kahan(weight, rest, update)
+        assert bool((weight.view(torch.int16) == new.view(torch.int16)).logical_or(weight.isnan() & new.isnan()).all())
+        assert same(rest, new_rest)
+
+
+def test_a_strided_weight_is_written_in_its_own_order(seed: int) -> None:
+    x = torch.randn(2, 8, 5, 6)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = torch.empty(2, 8, 5, 6, dtype=torch.bfloat16, memory_format=layout)
+        bf16.write_stochastic(weight, x, 3)
+        assert torch.equal(weight, functional.bf16_stochastic_round(x, 3))
+        lo = torch.zeros(2, 8, 5, 6, dtype=torch.int16)
+        bf16.write_split(weight, lo, x)
+        assert torch.equal(bf16.join_fp32(weight, lo), x)
+        bf16.write_kahan(weight, torch.zeros_like(weight), torch.ones_like(x))
+
+
+def test_the_version_counter_moves() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    before = weight._version
+    bf16.write_stochastic(weight, torch.ones(4), 1)
+    bf16.write_kahan(weight, torch.zeros(4, dtype=torch.bfloat16), torch.ones(4))
+    bf16.write_split(weight, torch.zeros(4, dtype=torch.int16), torch.ones(4))
+    assert weight._version == before + 3
