@@ -28,15 +28,16 @@ LUQ_VARIANTS: dict[str, dict[str, Any]] = {
 compiled kernels: plain torch, as on a machine without a C++ compiler.
 """
 
-VARIANTS = ("fp32", "bf16-mixed", *LUQ_VARIANTS, "luq4+bf16-mixed", "qpytorch", "brevitas")
+VARIANTS = ("fp32", "bf16-mixed", *LUQ_VARIANTS, "luq4+bf16-mixed", "fp8", "fp8+bf16-mixed", "qpytorch", "brevitas")
 
 
-def convert(work: Workload, **options: Any) -> Any:
-    """Convert the workload's layers to 4-bit in place and return the library's ``Conversion``."""
-    from lightning_eff.precision.config import LUQConfig
+def convert(work: Workload, method: str = "luq4", **options: Any) -> Any:
+    """Convert the workload's layers in place to the format of ``method`` and return the library's ``Conversion``."""
+    from lightning_eff.precision.config import FP8Config, LUQConfig
     from lightning_eff.precision.convert import convert as convert_layers
 
-    return convert_layers(work.model, LUQConfig(exempt_first_last=work.exempt_first_last, **options))
+    make = {"luq4": LUQConfig, "fp8": FP8Config}[method]
+    return convert_layers(work.model, make(exempt_first_last=work.exempt_first_last, **options))
 
 
 def autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -75,6 +76,8 @@ def training_step(variant: str, work: Workload) -> Step:
         context = autocast(work.x.device.type)
     if variant.startswith("luq4"):
         convert(work, **LUQ_VARIANTS[variant.partition("+")[0]])
+    elif variant.startswith("fp8"):
+        convert(work, "fp8")
     elif variant == "brevitas":
         _peers.brevitas(work)
     elif variant not in VARIANTS:

@@ -23,7 +23,7 @@ from examples.common.saved import held_by_graph, record_all, record_saved
 
 TARGET = 0.15
 """Largest accepted bytes of the quantised layers / the same layers in fp32: INT4 is 0.125, the rest is scales."""
-VARIANTS = ("bf16-mixed", "luq4", "luq4-smp2", "luq4-emulated")
+VARIANTS = ("bf16-mixed", "luq4", "luq4-smp2", "luq4-emulated", "fp8")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def count(model: str, variant: str, options: argparse.Namespace) -> Kept:
     layers = [work.model.get_submodule(name) for name in work.converted_names()]
     if variant in LUQ_VARIANTS:
         convert(work, **LUQ_VARIANTS[variant])
+    elif variant == "fp8":
+        convert(work, "fp8")
     context = autocast(options.device) if variant == "bf16-mixed" else nullcontext
     with context():
         work.loss().backward()

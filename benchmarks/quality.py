@@ -2,8 +2,8 @@
 
 Run ``python -m benchmarks.quality``. The ablations say what each part is for: ``no-underflow`` rounds gradients below
 the smallest level to zero or to it, instead of keeping them in expectation; ``no-log-rounding`` rounds all others to
-the nearest power of two; ``nearest`` does both (plain biased FP4). They are compared with ``luq4-all-layers``: first and
-last layer are converted too, because the gradient of the classifier has the heaviest tail. Small tasks, few steps: a
+the nearest power of two; ``nearest`` does both (plain biased FP4). They are compared with ``luq4-all-layers``: the first
+and the last layer are converted too, because the gradient of the classifier has the heaviest tail. Small tasks, few steps: a
 difference here is a hint, the absence of one proves little.
 """
 
@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning_eff  # noqa: F401 - makes the precision strings known
 from benchmarks._measure import threads
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import spread
@@ -32,14 +33,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "luq4-nearest": {"exempt_first_last": False, "gradient_rounding": "nearest"},
 }
 """Variant -> options of ``LUQPrecision``."""
-VARIANTS = ("fp32", "bf16-mixed", *OPTIONS)
+VARIANTS = ("fp32", "bf16-mixed", "fp8", *OPTIONS)
 
 
 def arguments(variant: str) -> dict[str, Any]:
     """Return the Trainer arguments of one variant."""
     if variant == "fp32":
         return {"precision": "32-true"}
-    if variant not in OPTIONS:
+    if variant not in OPTIONS:  # bf16-mixed, fp8
         return {"precision": variant}
     from lightning_eff.precision import LUQPrecision
 

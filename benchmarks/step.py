@@ -21,9 +21,9 @@ from benchmarks._workloads import MODELS, workload
 
 NATIVE = {"gpt": 0.55, "resnet": 0.58, "mlp": 0.62}
 FP32_PRODUCTS = {"gpt": 1.20, "resnet": 1.15, "mlp": 1.40}
-TARGETS = {"luq4": NATIVE, "luq4-emulated": FP32_PRODUCTS}
+TARGETS = {"luq4": NATIVE, "luq4-emulated": FP32_PRODUCTS, "fp8": {"gpt": 0.85, "mlp": 1.05}}
 """Largest accepted step time / fp32 on a CPU with int8 dot products (VNNI), one thread."""
-DEFAULT_VARIANTS = "fp32,bf16-mixed,luq4,luq4-smp2,luq4-emulated"
+DEFAULT_VARIANTS = "fp32,bf16-mixed,luq4,luq4-smp2,luq4-emulated,fp8"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,8 +20,7 @@ References:
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -91,7 +90,17 @@ def bf16_updates(optimizer: OptimizerT, *, update: Update = "split", seed: int |
         "seed": (torch.initial_seed() if seed is None else seed) & _MASK,
         "steps": 0,
     }
+    _widen_states(optimizer)
     return optimizer
+
+
+def _widen_states(optimizer: Optimizer) -> None:
+    """Make float32 of the states there are already: Adagrad makes its own when it is constructed."""
+    for p, state in optimizer.state.items():
+        if isinstance(p, Tensor) and p.dtype is torch.bfloat16:
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dtype is torch.bfloat16:
+                    state[key] = value.to(torch.float32)
 
 
 def _several_closures(optimizer: Optimizer) -> UnsupportedCombinationError:
@@ -141,6 +150,8 @@ class ShadowedOptimizer(Optimizer):
 
     _bf16: dict[str, Any]
     _original: type[Optimizer]
+    _opt_called: bool
+    _step_count: int
 
     step = _hooked_step
 
@@ -188,7 +199,7 @@ class ShadowedOptimizer(Optimizer):
         lists = [(group["params"], list(group["params"])) for group in self.param_groups]
         for params, _ in lists:
             params[:] = [places.get(p, p) for p in params]
-        self._rename({p: stand_in for p, stand_in in places.items()})  # noqa: C416
+        self._rename(places)
         try:
             yield
         finally:
@@ -196,7 +207,7 @@ class ShadowedOptimizer(Optimizer):
                 params[:] = originals
             self._rename({stand_in: p for p, stand_in in places.items()})
 
-    def _rename(self, names: dict[Any, Any]) -> None:
+    def _rename(self, names: Mapping[Any, Any]) -> None:
         for old, new in names.items():
             if old in self.state and (state := self.state.pop(old)):
                 self.state[new] = state
@@ -265,11 +276,15 @@ def _seed(seed: int, step: int, place: int) -> int:
     return seed
 
 
-@functools.cache
+_MADE: dict[type[Any], type[Any]] = {}
+
+
 def _shadowed(original: type[Any]) -> type[Any]:
     """The class (ours, ``original``); the same for equal arguments."""
-    body = {"__module__": __name__, "__doc__": original.__doc__, "_original": original}
-    return type(f"BF16{original.__name__}", (ShadowedOptimizer, original), body)
+    if original not in _MADE:
+        body = {"__module__": __name__, "__doc__": original.__doc__, "_original": original}
+        _MADE[original] = type(f"BF16{original.__name__}", (ShadowedOptimizer, original), body)
+    return _MADE[original]
 
 
 def _rebuild(original: type[Any]) -> Any:

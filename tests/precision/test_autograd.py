@@ -262,18 +262,15 @@ def test_compiled_submodules_have_no_graph_break(name: str) -> None:
 
 
 def test_the_operators_pass_torchs_own_checks() -> None:
-    layer = nn.Linear(6, 4)
-    _, conversion = converted(nn.Sequential(layer))
-    handle = conversion.states["0"].handle
-    arguments = (torch.randn(5, 6), layer.weight.detach(), layer.bias.detach(), handle, torch.float32)
-    torch.library.opcheck(
-        torch.ops.lightning_eff.linear.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
-    conv = nn.Conv2d(3, 4, 3, padding=1)
-    _, conversion = converted(nn.Sequential(conv))
-    numbers = [1, 3, 3, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1]
-    arguments = (torch.randn(2, 3, 5, 6), conv.weight.detach(), conv.bias.detach(), conversion.states["0"].handle,
-                 numbers, torch.float32)  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.lightning_eff.conv.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+    linear, conv = nn.Linear(6, 4), nn.Conv2d(3, 4, 3, padding=1)
+    _, conversion = converted(nn.ModuleList([linear, conv]))
+    numbers = [1, 3, 3, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1]  # kernel, stride, padding, dilation, groups
+    for layer, shape, name, geometry in (
+        (linear, (5, 6), "linear", ()),
+        (conv, (2, 3, 5, 6), "conv", (numbers,)),
+    ):
+        state = conversion.states["0" if layer is linear else "1"]
+        tensors = (torch.randn(shape), layer.weight.detach(), layer.bias.detach(), state.handle)
+        last = (torch.float32, state.format.nibbles, state.format.code_dtype)
+        operator = getattr(torch.ops.lightning_eff, name).default
+        torch.library.opcheck(operator, (*tensors, *geometry, *last), test_utils=("test_schema", "test_faketensor"))

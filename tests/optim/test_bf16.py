@@ -1,0 +1,383 @@
+"""bfloat16 updates around torch's optimizers: against float32, against stagnation, and through a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
+from lightning_eff.optim import UPDATES, bf16_updates
+from lightning_eff.optim.bf16 import ShadowedOptimizer
+
+Make = Callable[[Any], Optimizer]
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "sgd-foreach": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, foreach=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "adam-amsgrad": lambda p: torch.optim.Adam(p, lr=1e-3, amsgrad=True, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "sgd-fused": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=1e-3),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-3),
+    "radam": lambda p: torch.optim.RAdam(p, lr=1e-3),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=1e-2),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
+}
+if hasattr(torch.optim, "Adafactor"):
+    OPTIMIZERS["adafactor"] = lambda p: torch.optim.Adafactor(p, lr=1e-2)
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["muon"] = lambda p: torch.optim.Muon(p, lr=1e-2)
+
+every_update = pytest.mark.parametrize("update", UPDATES)
+
+
+def weights(dtype: torch.dtype = torch.bfloat16, shapes: Any = ((5, 7), (9, 3))) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    values = [torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes]
+    return [nn.Parameter(value.to(dtype)) for value in values]
+
+
+def gradients(steps: int, shapes: Any = ((5, 7), (9, 3))) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    return [[torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes] for _ in range(steps)]
+
+
+def train(optimizer: Optimizer, params: list[nn.Parameter], grads: list[list[Tensor]]) -> None:
+    for step in grads:
+        for p, grad in zip(params, step, strict=True):
+            p.grad = grad.to(p.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def wide(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
+    from lightning_eff.functional.bf16 import join_fp32
+
+    return join_fp32(p, optimizer.state[p]["lo"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_split_is_float32_to_the_bit(name: str) -> None:
+    plain, ours, grads = weights(torch.float32), weights(), gradients(20)
+    train(OPTIMIZERS[name](plain), plain, grads)
+    optimizer = bf16_updates(OPTIMIZERS[name](ours), update="split")
+    train(optimizer, ours, grads)
+    for p, q in zip(plain, ours, strict=True):
+        assert q.dtype is torch.bfloat16
+        assert torch.equal(wide(optimizer, q), p.detach())
+        states = [value for key, value in optimizer.state[q].items() if key != "lo" and isinstance(value, Tensor)]
+        assert all(value.dtype is not torch.bfloat16 for value in states)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("update", ["sr", "kahan"])
+def test_sr_and_kahan_stay_near_float32(name: str, update: Any) -> None:
+    plain, ours, grads = weights(torch.float32), weights(), gradients(20)
+    train(OPTIMIZERS[name](plain), plain, grads)
+    train(bf16_updates(OPTIMIZERS[name](ours), update=update, seed=1), ours, grads)
+    for p, q in zip(plain, ours, strict=True):
+        assert not torch.equal(q.detach(), weights()[0 if q is ours[0] else 1].detach())
+        # SR walks at random, about one unit in the last place (2^-7) a step at the worst.
+        assert bool(((q.float() - p).abs() <= 0.02 + (0.05 if update == "kahan" else 0.2) * p.abs()).all())
+
+
+CONSTANT: dict[str, Make] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0, fused=True),
+}
+
+
+@pytest.mark.parametrize("make", CONSTANT.values(), ids=CONSTANT)
+def test_small_updates_arrive(make: Make) -> None:
+    """500 updates of +0.001 to 1.0: a plain bfloat16 weight stays 1.0."""
+    ends = {}
+    for update in (None, *UPDATES):
+        (p,) = params = [nn.Parameter(torch.ones(64, dtype=torch.bfloat16))]
+        optimizer = make(params) if update is None else bf16_updates(make(params), update=update, seed=3)  # type: ignore[arg-type]
+        train(optimizer, params, [[-torch.ones(64)]] * 500)
+        ends[update] = p.detach().float()
+    assert torch.equal(ends[None], torch.ones(64))
+    assert torch.allclose(ends["split"], torch.full((64,), 1.5), atol=2**-8)
+    assert torch.allclose(ends["kahan"], torch.full((64,), 1.5), atol=2**-7)
+    # One element has variance of at most 500 * 0.001 * 2^-7; the mean of 64 of them 1/64 of it.
+    assert abs(float(ends["sr"].mean()) - 1.5) < 6 * (0.5 * 2**-7 / 64) ** 0.5
+    assert ends["sr"].unique().numel() > 4
+
+
+@every_update
+def test_identity_ties_and_hooks_are_kept(update: Any) -> None:
+    layer = nn.Linear(4, 4).to(torch.bfloat16)
+    tied = nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    tied.weight = layer.weight
+    storage, called = layer.weight.data_ptr(), []
+    layer.weight.register_post_accumulate_grad_hook(lambda p: called.append(p is layer.weight))
+    node = layer.weight.expand_as(layer.weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    original = torch.optim.AdamW(nn.Sequential(layer, tied).parameters(), lr=0.1)
+    optimizer = bf16_updates(original, update=update)
+    assert optimizer is original
+    assert isinstance(optimizer, torch.optim.AdamW)
+    for _ in range(3):
+        tied(layer(torch.ones(2, 4, dtype=torch.bfloat16))).sum().backward()
+        before = layer.weight._version
+        optimizer.step()
+        assert layer.weight._version > before
+        optimizer.zero_grad()
+    assert layer.weight.data_ptr() == storage
+    assert layer.weight.dtype is torch.bfloat16
+    assert layer.weight.grad is None
+    assert [p is q for p, q in zip(optimizer.param_groups[0]["params"], (layer.weight, layer.bias), strict=True)]
+    assert set(optimizer.state) == {layer.weight, layer.bias}
+    assert called == [True] * 3
+    after = layer.weight.expand_as(layer.weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    assert after is node, "DDP hooks into this node: it must not be made anew"
+
+
+@every_update
+def test_closures_run_once_at_the_bfloat16_weights(update: Any) -> None:
+    (p,) = params = weights(shapes=((3, 3),))
+    optimizer, seen = bf16_updates(torch.optim.SGD(params, lr=0.1), update=update), []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        seen.append((p.dtype, optimizer.param_groups[0]["params"][0] is p, torch.is_grad_enabled()))
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    first, second = optimizer.step(closure), optimizer.step(closure)  # type: ignore[func-returns-value]
+    assert second < first
+    assert seen == [(torch.bfloat16, True, True)] * 2
+
+
+def test_mixed_dtypes_missing_and_sparse_gradients() -> None:
+    half, full = nn.Parameter(torch.ones(4, dtype=torch.bfloat16)), nn.Parameter(torch.ones(4))
+    idle = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    table = nn.Embedding(10, 4, sparse=True).to(torch.bfloat16)
+    before = table.weight.detach().clone()
+    optimizer = bf16_updates(torch.optim.SGD([half, full, idle, table.weight], lr=1e-3))
+    for _ in range(10):
+        (half.float() + full).sum().backward()
+        table(torch.tensor([2, 5])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.allclose(wide(optimizer, half), torch.full((4,), 0.99))
+    assert torch.allclose(full, torch.full((4,), 0.99))
+    assert torch.equal(idle, torch.ones(4, dtype=torch.bfloat16))
+    assert idle not in optimizer.state
+    assert (wide(optimizer, table.weight) != before.float()).any(1).nonzero().flatten().tolist() == [2, 5]
+
+
+@every_update
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.filterwarnings("error")
+def test_schedulers_made_before_and_after_steer_and_do_not_warn(update: Any, when: str) -> None:
+    (p,) = params = [nn.Parameter(torch.ones(8, dtype=torch.bfloat16))]
+    optimizer: Optimizer = torch.optim.SGD(params, lr=1.0)
+    if when == "after":
+        optimizer = bf16_updates(optimizer, update=update)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    if when == "before":
+        optimizer = bf16_updates(optimizer, update=update)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        scheduler.step()
+    assert torch.equal(p.detach().float(), torch.full((8,), 1 - 1.75))
+    assert scheduler.optimizer is optimizer
+
+
+@every_update
+def test_groups_hooks_and_added_groups(update: Any) -> None:
+    a, b, c = weights(shapes=((4,), (4,), (4,)))
+    optimizer = bf16_updates(torch.optim.SGD([{"params": [a]}, {"params": [b], "lr": 0.0}], lr=1.0), update=update)
+    seen: list[Any] = []
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["params"][0]))
+    optimizer.register_step_post_hook(lambda o, *_: seen.append(o.param_groups[0]["params"][0]))
+    optimizer.add_param_group({"params": [c], "lr": 2.0})
+    starts = [p.detach().clone() for p in (a, b, c)]
+    for p in (a, b, c):
+        p.grad = torch.full_like(p, 4.0)
+    optimizer.step()
+    moved = [(start.float() - p.detach().float()) for start, p in zip(starts, (a, b, c), strict=True)]
+    for amount, expected in zip(moved, (4.0, 0.0, 8.0), strict=True):
+        assert torch.allclose(amount, torch.full((4,), expected), atol=0.07)
+    assert torch.equal(moved[1], torch.zeros(4))
+    assert [p is a for p in seen] == [True, True]
+
+
+def resume(
+    optimizer_name: str, update: Any, *, cut: int, drop: str | None = None
+) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+    """Weights of the whole run, and of one that went through a file after ``cut`` steps."""
+    make, grads = OPTIMIZERS[optimizer_name], gradients(12)
+    whole, first, second = weights(), weights(), weights()
+    train(bf16_updates(make(whole), update=update, seed=7), whole, grads)
+    optimizer = bf16_updates(make(first), update=update, seed=7)
+    train(optimizer, first, grads[:cut])
+    file = io.BytesIO()
+    torch.save({"weights": [p.detach() for p in first], "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    for state in saved["optimizer"]["state"].values():
+        state.pop(drop, None)
+    if drop in saved["optimizer"]["bf16"]:
+        saved["optimizer"]["bf16"][drop] = 0
+    for p, value in zip(second, saved["weights"], strict=True):
+        p.data.copy_(value)
+    continued = bf16_updates(make(second), update=update, seed=8)
+    continued.load_state_dict(saved["optimizer"])
+    train(continued, second, grads[cut:])
+    return [p.detach() for p in whole], [p.detach() for p in second], saved["optimizer"]
+
+
+@every_update
+@pytest.mark.parametrize("name", ["sgd", "sgd-momentum", "adamw", "adamw-fused", "adagrad", "nadam"])
+@pytest.mark.parametrize("cut", [1, 5])
+def test_a_run_continues_from_a_file_to_the_same_bits(name: str, update: Any, cut: int) -> None:
+    whole, continued, saved = resume(name, update, cut=cut)
+    assert all(torch.equal(p, q) for p, q in zip(whole, continued, strict=True))
+    assert saved["bf16"] == {"update": update, "seed": 7, "steps": cut}
+
+
+@pytest.mark.parametrize(
+    ("update", "drop"), [("split", "lo"), ("kahan", "compensation"), ("sr", "seed"), ("sr", "steps")]
+)
+def test_each_part_of_the_state_is_needed(update: Any, drop: str) -> None:
+    """Negative control: with one key lost the comparison above sees a difference."""
+    whole, continued, _ = resume("sgd", update, cut=5, drop=drop)
+    assert not all(torch.equal(p, q) for p, q in zip(whole, continued, strict=True))
+
+
+@every_update
+def test_plain_states_load_and_ours_load_plainly(update: Any) -> None:
+    plain, ours, grads = weights(), weights(), gradients(6)
+    before = torch.optim.AdamW(plain, lr=1e-3)
+    train(before, plain, grads[:3])
+    after = bf16_updates(torch.optim.AdamW(ours, lr=1e-3), update=update)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert all(state["exp_avg"].dtype is torch.float32 for state in after.state.values())
+    assert all(state["step"] == 3 for state in after.state.values())
+    train(after, ours, grads[3:])
+    before.load_state_dict(copy.deepcopy(after.state_dict()))
+    train(before, plain, grads)
+
+
+def test_another_update_takes_over_as_far_as_it_goes() -> None:
+    ours, grads = weights(), gradients(3)
+    split = bf16_updates(torch.optim.AdamW(ours, lr=1e-3), update="split")
+    train(split, ours, grads)
+    kahan = bf16_updates(torch.optim.AdamW(ours, lr=1e-3), update="kahan")
+    kahan.load_state_dict(copy.deepcopy(split.state_dict()))
+    assert all("lo" not in state and state["step"] == 3 for state in kahan.state.values())
+    train(kahan, ours, grads)
+    assert all(state["compensation"].dtype is torch.bfloat16 for state in kahan.state.values())
+
+
+@every_update
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_copies_train_on(update: Any, duplicate: Any) -> None:
+    params, grads = weights(), gradients(8)
+    optimizer = bf16_updates(torch.optim.AdamW(params, lr=1e-3), update=update, seed=4)
+    train(optimizer, params, grads[:4])
+    other = duplicate(optimizer)
+    train(optimizer, params, grads[4:])
+    copied = other.param_groups[0]["params"]
+    train(other, copied, grads[4:])
+    assert isinstance(other, ShadowedOptimizer)
+    assert all(torch.equal(p, q) for p, q in zip(params, copied, strict=True))
+
+
+def test_sr_depends_on_seed_step_and_place_alone() -> None:
+    def run(seed: int) -> list[Tensor]:
+        params = [nn.Parameter(torch.ones(256, dtype=torch.bfloat16)) for _ in range(2)]
+        train(bf16_updates(torch.optim.SGD(params, lr=1e-3), update="sr", seed=seed), params, [[-torch.ones(256)] * 2])
+        return [p.detach() for p in params]
+
+    first, second = run(1)
+    torch.rand(3)
+    assert torch.equal(first, run(1)[0])
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, run(2)[0])
+
+
+def test_the_seed_default_is_the_runs(seed: int) -> None:
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    optimizer = bf16_updates(torch.optim.SGD(weights(), lr=1.0), update="sr")
+    assert optimizer.state_dict()["bf16"]["seed"] == 11
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_several_closures_are_refused_before_anything_changed() -> None:
+    with pytest.raises(UnsupportedCombinationError, match="LBFGS evaluates its closure several times"):
+        bf16_updates(torch.optim.LBFGS(weights()))
+
+    class Sharpness(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            closure()
+            self.param_groups[0]["params"][0].data.add_(1.0)
+            return closure()
+
+    (p,) = params = weights(shapes=((3,),))
+    start = p.detach().clone()
+    optimizer = bf16_updates(Sharpness(params, lr=0.1))
+
+    def closure() -> Tensor:
+        p.grad = torch.ones_like(p)
+        return p.sum()
+
+    with pytest.raises(UnsupportedCombinationError, match="Sharpness evaluates its closure several times"):
+        optimizer.step(closure)
+    assert torch.equal(p.detach(), start)
+    assert optimizer.param_groups[0]["params"][0] is p
+
+
+def test_a_step_that_fails_leaves_everything_in_its_place() -> None:
+    params, grads = weights(), gradients(3)
+    optimizer = bf16_updates(torch.optim.AdamW(params, lr=1e-3))
+    train(optimizer, params, grads[:2])
+    starts, los = [p.detach().clone() for p in params], [optimizer.state[p]["lo"].clone() for p in params]
+    optimizer.param_groups[0]["betas"] = ("broken", 0.9)
+    with pytest.raises(TypeError):
+        train(optimizer, params, grads[2:])
+    assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], params, strict=True))
+    assert all(torch.equal(p, start) for p, start in zip(params, starts, strict=True))
+    assert all(torch.equal(optimizer.state[p]["lo"], lo) for p, lo in zip(params, los, strict=True))
+
+
+def test_arguments_are_checked() -> None:
+    optimizer = torch.optim.SGD(weights(), lr=0.1)
+    with pytest.raises(ConfigurationError, match=r"update='splt' is not known. Did you mean 'split'\?"):
+        bf16_updates(optimizer, update="splt")  # type: ignore[arg-type]
+    assert bf16_updates(bf16_updates(optimizer, update="sr"), update="sr") is optimizer
+    with pytest.raises(ConfigurationError, match="already has update='sr'; 'split' was given"):
+        bf16_updates(optimizer, update="split")
+    replaced = torch.optim.SGD(weights(), lr=0.1)
+    replaced.step = lambda closure=None: None  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedCombinationError, match="has been replaced"):
+        bf16_updates(replaced)
+
+
+def test_no_float32_copy_is_kept_between_steps() -> None:
+    params = weights(shapes=((64, 64),))
+    for update in UPDATES:
+        optimizer = bf16_updates(torch.optim.SGD(params, lr=0.1), update=update)  # type: ignore[arg-type]
+        train(optimizer, params, gradients(2, ((64, 64),)))
+        kept = [v for v in optimizer.state[params[0]].values() if isinstance(v, Tensor)]
+        assert sum(v.numel() * v.element_size() for v in kept) == (0 if update == "sr" else 2 * 64 * 64)
