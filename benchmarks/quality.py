@@ -2,9 +2,9 @@
 
 Run ``python -m benchmarks.quality``. The ablations say what each part is for: ``no-underflow`` rounds gradients below
 the smallest level to zero or to it, instead of keeping them in expectation; ``no-log-rounding`` rounds all others to
-the nearest power of two; ``nearest`` does both (plain biased FP4). They are compared with ``luq4-all-layers``: the first
-and the last layer are converted too, because the gradient of the classifier has the heaviest tail. Small tasks, few steps: a
-difference here is a hint, the absence of one proves little.
+the nearest power of two; ``nearest`` does both (plain biased FP4). They are compared with ``luq4-all-layers``: first
+and last layer are converted too, because the gradient of the classifier has the heaviest tail. Small tasks, few steps:
+a difference here is a hint, the absence of one proves little.
 """
 
 from __future__ import annotations
