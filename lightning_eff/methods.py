@@ -115,6 +115,50 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "eff/fp8/grad_saturated": "share of gradient values at the top of E5M2, mean over layers",
                 },
             ),
+            MethodInfo(
+                name="gradient_pruning",
+                kind="callback",
+                class_name="GradientPruning",
+                shell="lightning_eff.callbacks.gradient_pruning:GradientPruningMixin",
+                summary="Unbiased pruning of the gradients at layer outputs to a set share of zeros.",
+                paper=(
+                    "Chmiel, Ben-Uri, Shkolnik, Hoffer, Banner, Soudry: Neural gradients are near-lognormal: improved "
+                    "quantized and sparse training. ICLR 2021. https://arxiv.org/abs/2006.08173"
+                ),
+                strategies=("single_device", "ddp"),
+                conflicts={
+                    "16-mixed": "the loss scale changes between two fits and the threshold with it; use bf16-mixed",
+                    "fsdp": "not shown to work yet; use strategy='ddp'",
+                    "deepspeed": "not shown to work yet; use strategy='ddp'",
+                },
+                state_keys=("seed", "ranks"),
+                metrics={
+                    "eff/gradient_pruning/sparsity": "share of zeros in the pruned gradients, over all layers",
+                    "eff/gradient_pruning/sigma_log2": "deviation of log2|g| at the last fit, octaves, mean over layers",
+                },
+            ),
+            MethodInfo(
+                name="gradient_statistics",
+                kind="callback",
+                class_name="GradientStatistics",
+                shell="lightning_eff.callbacks.gradient_statistics:GradientStatisticsMixin",
+                summary="Measures how wide neural gradients are and recommends a float format for each layer.",
+                paper=(
+                    "Chmiel, Ben-Uri, Shkolnik, Hoffer, Banner, Soudry: Neural gradients are near-lognormal: improved "
+                    "quantized and sparse training. ICLR 2021. https://arxiv.org/abs/2006.08173"
+                ),
+                strategies=("single_device", "ddp"),
+                conflicts={
+                    "fsdp": "not shown to work yet; use strategy='ddp'",
+                    "deepspeed": "not shown to work yet; use strategy='ddp'",
+                },
+                state_keys=("layers",),
+                metrics={
+                    "eff/gradient_statistics/sigma_log2": "deviation of log2|g|, octaves, mean over layers",
+                    "eff/gradient_statistics/zeros": "share of gradient elements that are zero, mean over layers",
+                    "eff/gradient_statistics/exponent_bits": "recommended exponent bits, mean over layers",
+                },
+            ),
         )
     }
 )

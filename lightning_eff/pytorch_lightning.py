@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback
     from pytorch_lightning.plugins import Precision
 
+    from lightning_eff.callbacks.gradient_pruning import GradientPruningMixin
+    from lightning_eff.callbacks.gradient_statistics import GradientStatisticsMixin
     from lightning_eff.callbacks.low_precision import LowPrecisionMixin
     from lightning_eff.callbacks.luq_fine_tuning import LUQFineTuningMixin
     from lightning_eff.precision.fp8 import FP8Mixin
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
     class LUQPrecision(LUQMixin, Precision):
         """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
 
+    class GradientPruning(GradientPruningMixin, Callback):
+        """Unbiased pruning of the gradients at layer outputs to a set share of zeros."""
+
+    class GradientStatistics(GradientStatisticsMixin, Callback):
+        """Measures how wide neural gradients are and recommends a float format for each layer."""
+
     class LowPrecision(LowPrecisionMixin, Callback):
         """Puts a low-precision method onto whatever precision plugin the Trainer has; needs no string."""
 
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
         """Trains the last steps of a luq4 run with INT4 weights alone."""
 
 
-__all__ = ["FP8Precision", "LUQFineTuning", "LUQPrecision", "LowPrecision"]
+__all__ = ["FP8Precision", "GradientPruning", "GradientStatistics", "LUQFineTuning", "LUQPrecision", "LowPrecision"]
 
 _get = class_getter(__name__, "pytorch_lightning", {**public_shells("precision"), **public_shells("callback")})
 

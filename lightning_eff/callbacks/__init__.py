@@ -12,8 +12,16 @@ from lightning_eff.integration.namespaces import class_getter, public_shells
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
+    from lightning_eff.callbacks.gradient_pruning import GradientPruningMixin
+    from lightning_eff.callbacks.gradient_statistics import GradientStatisticsMixin
     from lightning_eff.callbacks.low_precision import LowPrecisionMixin
     from lightning_eff.callbacks.luq_fine_tuning import LUQFineTuningMixin
+
+    class GradientPruning(GradientPruningMixin, Callback):
+        """Unbiased pruning of the gradients at layer outputs to a set share of zeros."""
+
+    class GradientStatistics(GradientStatisticsMixin, Callback):
+        """Measures how wide neural gradients are and recommends a float format for each layer."""
 
     class LowPrecision(LowPrecisionMixin, Callback):
         """Puts a low-precision method onto whatever precision plugin the Trainer has; needs no string."""
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
         """Trains the last steps of a luq4 run with INT4 weights alone."""
 
 
-__all__ = ["LUQFineTuning", "LowPrecision"]
+__all__ = ["GradientPruning", "GradientStatistics", "LUQFineTuning", "LowPrecision"]
 
 _get = class_getter(__name__, "lightning.pytorch", public_shells("callback"))
 

@@ -204,7 +204,9 @@ class GradientPruningMixin:
 
     def _next_seed(self, name: str, layer: _Layer) -> int:
         """A seed from run, layer and call count (splitmix64), different on every rank."""
-        z = ((self._seed or 0) + (self._keys[name] + 1) * 0x9E3779B97F4A7C15 + layer.calls * 0xD1B54A32D192ED03) & _MASK64
+        z = (
+            (self._seed or 0) + (self._keys[name] + 1) * 0x9E3779B97F4A7C15 + layer.calls * 0xD1B54A32D192ED03
+        ) & _MASK64
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
         return rank_seed(z ^ (z >> 31))

@@ -99,7 +99,9 @@ def test_every_float16_rounds_to_the_nearest_value(fmt: FloatFormat) -> None:
     assert torch.equal(saturated[special.isinf()], torch.copysign(torch.tensor(fmt.max), special[special.isinf()]))
 
 
-@pytest.mark.parametrize(("fmt", "dtype"), [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)], ids=["E4M3", "E5M2"])
+@pytest.mark.parametrize(
+    ("fmt", "dtype"), [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)], ids=["E4M3", "E5M2"]
+)
 def test_the_ocp_formats_are_those_of_torch(fmt: FloatFormat, dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     values, theirs = decode(codes, fmt), codes.view(dtype).float()

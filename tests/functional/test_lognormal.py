@@ -69,7 +69,10 @@ def test_the_two_forms_of_the_sparsity_agree(sigma: float) -> None:
 
 @pytest.mark.parametrize("sigma", [0.0, 1e-3, 0.5, 2.0, 10.0, 40.0])
 def test_sparsity_rises_from_zero_to_one(sigma: float) -> None:
-    found = [sparsity_of(math.exp(t), sigma) for t in torch.linspace(-9 - 5 * sigma, 20 + 40 * sigma, 200).clamp(max=700).tolist()]
+    found = [
+        sparsity_of(math.exp(t), sigma)
+        for t in torch.linspace(-9 - 5 * sigma, 20 + 40 * sigma, 200).clamp(max=700).tolist()
+    ]
     assert found == sorted(found)
     assert found[0] < 1e-4
     assert sparsity_of(0.0, sigma) == 0.0
