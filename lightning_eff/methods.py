@@ -62,6 +62,17 @@ class MethodInfo:
         return (self.name, *(f"{self.name}+{other}" for other in self.composes_with))
 
 
+_BF16_CONFLICTS = MappingProxyType(
+    {
+        "32-true": "float32 weights lose no update; nothing is left to do",
+        "bf16-mixed": "its weights are float32 and lose no update; nothing is left to do",
+        "16-mixed": "its weights are float32 and lose no update; nothing is left to do",
+        "16-true": "the weights must be bfloat16; use bf16-true",
+        "fsdp": "not shown to work yet; use strategy='ddp'",
+        "deepspeed": "it has optimizers of its own; use strategy='ddp'",
+    }
+)
+
 METHODS: Mapping[str, MethodInfo] = MappingProxyType(
     {
         info.name: info
@@ -107,7 +118,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "fsdp": "not shown to work yet; use strategy='ddp'",
                     "deepspeed": "not shown to work yet; use strategy='ddp'",
                 },
-                state_keys=("seed", "calls", "phase", "hindsight"),
+                state_keys=("phase",),
                 metrics={
                     "eff/fp8/weight_sqnr_db": "signal to quantisation noise of the E4M3 weights, dB, mean over layers",
                     "eff/fp8/input_sqnr_db": "signal to quantisation noise of the E4M3 inputs, dB, mean over layers",
@@ -158,6 +169,51 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "eff/gradient_statistics/zeros": "share of gradient elements that are zero, mean over layers",
                     "eff/gradient_statistics/exponent_bits": "recommended exponent bits, mean over layers",
                 },
+            ),
+            MethodInfo(
+                name="bf16-sr",
+                kind="precision",
+                class_name="BF16Precision",
+                shell="lightning_eff.precision.bf16:BF16Mixin",
+                summary="bfloat16 weights, updated by any optimizer with stochastic rounding; nothing more is kept.",
+                paper=(
+                    "Zamirai, Zhang, Aberger, De Sa: Revisiting BFloat16 Training. 2020. "
+                    "https://arxiv.org/abs/2010.06192"
+                ),
+                composes_with=("bf16-true",),
+                strategies=("single_device", "ddp"),
+                conflicts=_BF16_CONFLICTS,
+                state_keys=("bf16", "seed", "steps", "update"),
+            ),
+            MethodInfo(
+                name="bf16-kahan",
+                kind="precision",
+                class_name="BF16Precision",
+                shell="lightning_eff.precision.bf16:BF16Mixin",
+                summary="bfloat16 weights, updated by any optimizer with Kahan compensation; 2 bytes more per weight.",
+                paper=(
+                    "Zamirai, Zhang, Aberger, De Sa: Revisiting BFloat16 Training. 2020. "
+                    "https://arxiv.org/abs/2010.06192"
+                ),
+                composes_with=("bf16-true",),
+                strategies=("single_device", "ddp"),
+                conflicts=_BF16_CONFLICTS,
+                state_keys=("compensation", "bf16", "update"),
+            ),
+            MethodInfo(
+                name="bf16-split",
+                kind="precision",
+                class_name="BF16Precision",
+                shell="lightning_eff.precision.bf16:BF16Mixin",
+                summary="bfloat16 weights, the lower 16 bits with the optimizer: float32 updates at 4 bytes per weight.",
+                paper=(
+                    "Kalamkar et al.: Optimizing Deep Learning Recommender Systems Training on CPU Cluster Architectures "
+                    "(Split-SGD). SC 2020. https://arxiv.org/abs/2005.04680"
+                ),
+                composes_with=("bf16-true",),
+                strategies=("single_device", "ddp"),
+                conflicts=_BF16_CONFLICTS,
+                state_keys=("lo", "bf16", "update"),
             ),
         )
     }

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from lightning_eff.callbacks.gradient_statistics import GradientStatisticsMixin
     from lightning_eff.callbacks.low_precision import LowPrecisionMixin
     from lightning_eff.callbacks.luq_fine_tuning import LUQFineTuningMixin
+    from lightning_eff.precision.bf16 import BF16Mixin
     from lightning_eff.precision.fp8 import FP8Mixin
     from lightning_eff.precision.luq import LUQMixin
+
+    class BF16Precision(BF16Mixin, Precision):
+        """Weights in bfloat16, updated in float32 and written back without losing small updates."""
 
     class FP8Precision(FP8Mixin, Precision):
         """8-bit floating point: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor."""
@@ -40,7 +44,15 @@ if TYPE_CHECKING:
         """Trains the last steps of a luq4 run with INT4 weights alone."""
 
 
-__all__ = ["FP8Precision", "GradientPruning", "GradientStatistics", "LUQFineTuning", "LUQPrecision", "LowPrecision"]
+__all__ = [
+    "BF16Precision",
+    "FP8Precision",
+    "GradientPruning",
+    "GradientStatistics",
+    "LUQFineTuning",
+    "LUQPrecision",
+    "LowPrecision",
+]
 
 _get = class_getter(__name__, "pytorch_lightning", {**public_shells("precision"), **public_shells("callback")})
 

@@ -71,7 +71,8 @@ def test_the_shell_loads_and_carries_the_row(info: MethodInfo) -> None:
         info.class_name,
         re.sub("(Precision|Strategy)$", "", info.class_name),
     )
-    assert shell.info is info
+    # Rows may share a class (the variants of one method); it carries the first of them.
+    assert shell.info is next(row for row in METHODS.values() if row.shell == info.shell)
     assert shell.__doc__
 
 

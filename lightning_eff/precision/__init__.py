@@ -13,8 +13,12 @@ from lightning_eff.integration.namespaces import class_getter, public_shells
 if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
 
+    from lightning_eff.precision.bf16 import BF16Mixin
     from lightning_eff.precision.fp8 import FP8Mixin
     from lightning_eff.precision.luq import LUQMixin
+
+    class BF16Precision(BF16Mixin, Precision):  # type: ignore[misc]
+        """Weights in bfloat16, updated in float32 and written back without losing small updates."""
 
     class FP8Precision(FP8Mixin, Precision):  # type: ignore[misc]
         """8-bit floating point: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor."""
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
         """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
 
 
-__all__ = ["FP8Precision", "LUQPrecision"]
+__all__ = ["BF16Precision", "FP8Precision", "LUQPrecision"]
 
 _get = class_getter(__name__, "lightning.pytorch", public_shells("precision"))
 

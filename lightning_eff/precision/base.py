@@ -213,16 +213,17 @@ class QuantizedPrecisionMixin:
     # ------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings alone: the rounding stream, the phase, the in-hindsight maxima of each rank."""
+        """Plain numbers and strings alone: the phase and, for methods that round at random, the stream and the maxima."""
         used = self.config.remembers  # only then do ranks differ and have to be asked
         maxima = {name: self._over_ranks(state.hindsight) for name, state in self.states().items()} if used else {}
-        return {
-            **super().state_dict(),  # type: ignore[misc]
+        own = {
             "seed": self.seeds.seed,
             "calls": self.seeds.calls,
             "phase": "weights_only" if self.weights_only else "quantized",
             "hindsight": maxima,
         }
+        kept = {key: value for key, value in own.items() if key in self.info.state_keys}
+        return {**super().state_dict(), **kept}  # type: ignore[misc]
 
     @staticmethod
     def _over_ranks(value: Tensor) -> list[float]:
@@ -235,9 +236,10 @@ class QuantizedPrecisionMixin:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the rounding stream, the phase and the maxima."""
         state_dict = dict(state_dict)
-        self.seeds.seed, self.seeds.calls = state_dict.pop("seed"), state_dict.pop("calls")
         self.weights_only = state_dict.pop("phase") == "weights_only"
-        self._loaded_hindsight = state_dict.pop("hindsight")
+        if "seed" in self.info.state_keys:
+            self.seeds.seed, self.seeds.calls = state_dict.pop("seed"), state_dict.pop("calls")
+            self._loaded_hindsight = state_dict.pop("hindsight")
         self._apply_state()
         super().load_state_dict(state_dict)  # type: ignore[misc]
 

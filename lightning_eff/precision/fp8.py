@@ -33,7 +33,7 @@ class FP8Mixin(QuantizedPrecisionMixin):
     Raises:
         ConfigurationError: an option is outside its range.
 
-    State: ``seed``, ``calls`` (unused), ``phase``, ``hindsight`` (empty) under the class name in the checkpoint.
+    State: ``phase`` under the class name in the checkpoint.
     Randomness: none.
     """
 
