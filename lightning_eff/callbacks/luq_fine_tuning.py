@@ -44,7 +44,7 @@ class LUQFineTuningMixin:
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that there is something to fine-tune, and when the phase begins."""
-        if not hasattr(trainer.precision_plugin, "begin_fine_tuning"):
+        if getattr(trainer.precision_plugin, "eff_method", None) != "luq4":
             raise UnsupportedCombinationError(
                 f"LUQFineTuning continues a run with precision='luq4'; this Trainer has "
                 f"precision={trainer.precision!r}. Use Trainer(precision='luq4') or remove the callback."

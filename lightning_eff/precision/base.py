@@ -213,7 +213,7 @@ class QuantizedPrecisionMixin:
     # ------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings alone: the phase and, for methods that round at random, the stream and the maxima."""
+        """Plain numbers and strings: the phase and, for methods that round at random, the stream and the maxima."""
         used = self.config.remembers  # only then do ranks differ and have to be asked
         maxima = {name: self._over_ranks(state.hindsight) for name, state in self.states().items()} if used else {}
         own = {

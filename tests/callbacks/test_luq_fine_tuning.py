@@ -132,9 +132,10 @@ def test_a_bad_rate_is_named() -> None:
         LUQFineTuning(3, base_lr=-1)
 
 
-def test_another_precision_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "fp8"])
+def test_another_precision_is_refused(precision: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedCombinationError, match="precision='luq4'"):
-        trainer(tmp_path, LUQFineTuning(3), precision="32-true").fit(Model(), data())
+        trainer(tmp_path, LUQFineTuning(3), precision=precision).fit(Model(), data())
 
 
 def test_an_endless_run_is_refused(tmp_path: Path) -> None:
