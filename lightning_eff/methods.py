@@ -145,7 +145,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                 state_keys=("seed", "ranks"),
                 metrics={
                     "eff/gradient_pruning/sparsity": "share of zeros in the pruned gradients, over all layers",
-                    "eff/gradient_pruning/sigma_log2": "deviation of log2|g| at the last fit, octaves, mean over layers",
+                    "eff/gradient_pruning/sigma_log2": "deviation of log2|g| at the last fit, octaves, mean of layers",
                 },
             ),
             MethodInfo(
@@ -205,10 +205,10 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                 kind="precision",
                 class_name="BF16Precision",
                 shell="lightning_eff.precision.bf16:BF16Mixin",
-                summary="bfloat16 weights, the lower 16 bits with the optimizer: float32 updates at 4 bytes per weight.",
+                summary="bfloat16 weights, the missing 16 bits beside the optimizer: float32 updates in 4 bytes.",
                 paper=(
-                    "Kalamkar et al.: Optimizing Deep Learning Recommender Systems Training on CPU Cluster Architectures "
-                    "(Split-SGD). SC 2020. https://arxiv.org/abs/2005.04680"
+                    "Kalamkar et al.: Optimizing Deep Learning Recommender Systems Training on CPU Cluster "
+                    "Architectures (Split-SGD). SC 2020. https://arxiv.org/abs/2005.04680"
                 ),
                 composes_with=("bf16-true",),
                 strategies=("single_device", "ddp"),

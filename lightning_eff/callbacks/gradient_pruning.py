@@ -25,8 +25,9 @@ from lightning_eff.callbacks.neural_gradients import (
     select_layers,
 )
 from lightning_eff.errors import ConfigurationError, NoEffectWarning, UnsupportedCombinationError
-from lightning_eff.functional.lognormal import lognormal_fit, remaining_sparsity, stochastic_prune, threshold_for
+from lightning_eff.functional.lognormal import lognormal_fit, remaining_sparsity, threshold_for
 from lightning_eff.functional.random import rank_seed
+from lightning_eff.kernels.pruning import stochastic_prune
 from lightning_eff.methods import METHODS, MethodInfo
 
 _MASK64 = (1 << 64) - 1
@@ -131,11 +132,10 @@ class GradientPruningMixin:
         """Log what was achieved in a measured step."""
         if trainer.global_step == self._step or not self._elements:
             return
-        if self._measure:
-            sigmas = [layer.sigma / math.log(2) for layer in self._layers.values() if math.isfinite(layer.sigma)]
-            zeros = torch.stack([count.cpu() for count in self._zeros]).sum()
-            values = {"sparsity": zeros / self._elements, "sigma_log2": sum(sigmas) / max(len(sigmas), 1)}
-            pl_module.log_dict({f"eff/{self.info.name}/{key}": value for key, value in values.items()})
+        sigmas = [layer.sigma / math.log(2) for layer in self._layers.values() if math.isfinite(layer.sigma)]
+        zeros = torch.stack([count.cpu() for count in self._zeros]).sum()
+        values = {"sparsity": zeros / self._elements, "sigma_log2": sum(sigmas) / max(len(sigmas), 1)}
+        pl_module.log_dict({f"eff/{self.info.name}/{key}": value for key, value in values.items()})
         self._zeros, self._elements = [], 0
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -167,12 +167,16 @@ class GradientPruningMixin:
         if self._step >= layer.next_fit:
             self._fit(layer, grad)
         layer.calls += 1
-        pruned = grad
         if layer.threshold > 0:
-            pruned = stochastic_prune(grad, self._threshold(name, layer, grad), self._next_seed(name, layer))
+            tau, seed = self._threshold(name, layer, grad), self._next_seed(name, layer)
+            pruned, zeros = stochastic_prune(grad, tau, seed)
             self._pruned += 1
-        if self.feedback or self._measure:
-            self._observe(name, layer, pruned)
+            self._correct(name, layer, zeros / grad.numel())
+        else:
+            pruned, zeros = grad, (grad == 0).sum()
+        if self._measure:
+            self._zeros.append(zeros)
+            self._elements += grad.numel()
         return pruned
 
     def _fit(self, layer: _Layer, grad: Tensor) -> None:
@@ -192,14 +196,9 @@ class GradientPruningMixin:
             self._corrections[name] = torch.tensor(layer.correction, dtype=torch.float32, device=grad.device)
         return self._corrections[name]
 
-    def _observe(self, name: str, layer: _Layer, pruned: Tensor) -> None:
-        zeros = (pruned == 0).sum()
-        if self._measure:
-            self._zeros.append(zeros)
-        self._elements += pruned.numel()
-        if self.feedback and layer.threshold > 0:
-            missing = self.sparsity - zeros / pruned.numel()
-            correction = self._correction(name, layer, pruned) + _GAIN * missing
+    def _correct(self, name: str, layer: _Layer, achieved: Tensor) -> None:
+        if self.feedback:
+            correction = self._correction(name, layer, achieved) + _GAIN * (self.sparsity - achieved)
             self._corrections[name] = correction.clamp(-_REACH, _REACH)
 
     def _next_seed(self, name: str, layer: _Layer) -> int:

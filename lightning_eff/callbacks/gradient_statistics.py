@@ -42,9 +42,10 @@ class GradientStatisticsMixin:
     """Measure the spread of every layer's output gradient and recommend a split of ``bits`` into exponent and mantissa.
 
     Every ``every_n_steps`` optimizer steps a lognormal distribution is fitted to the non-zero gradients of each layer
-    (one pass over each gradient, one synchronisation per layer); means over layers are logged. At the end of fit a table
-    tells each layer's mean deviation in octaves, its share of zeros, the best split for these (section 5 of the paper)
-    and the relative error to expect of it. It changes no number of the run.
+    (a few passes over each gradient, one synchronisation per layer); means over layers are logged. At the end of fit a
+    table tells each layer's mean deviation in octaves, its share of zeros, the best split for these (section 5 of the
+    paper) and the relative error to expect of it. It changes no number of the run. Next to ``GradientPruning`` it sees
+    the pruned gradients.
 
     Args:
         every_n_steps: optimizer steps between measurements, 1 or more.

@@ -64,7 +64,7 @@ def select_layers(module: nn.Module, patterns: Sequence[str], exclude: Sequence[
         ConfigurationError: a pattern matches no layer, or nothing is left.
     """
     named = ((name.replace("_orig_mod.", ""), layer) for name, layer in module.named_modules())
-    found = {name: layer for name, layer in named if isinstance(layer, LAYERS)}
+    found: dict[str, nn.Module] = {name: layer for name, layer in named if isinstance(layer, LAYERS)}
     for pattern in (*patterns, *exclude):
         if not any(fnmatchcase(name, pattern) for name in found):
             raise ConfigurationError(
@@ -101,7 +101,7 @@ class OutputGradients:
         self._handles = []
 
 
-def _watch(on_gradient: Callable[[Tensor], Tensor | None], module: nn.Module, args: Any, output: Any) -> None:
+def _watch(on_gradient: Callable[[Tensor], Tensor | None], _module: nn.Module, _args: Any, output: Any) -> None:
     if isinstance(output, Tensor) and output.requires_grad:
         output.register_hook(on_gradient)
 

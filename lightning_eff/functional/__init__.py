@@ -1,5 +1,6 @@
 """The mathematics of every method: tensors in, tensors out. Reads like the papers; imports no Lightning."""
 
+from lightning_eff.functional.bf16 import bf16_round, bf16_stochastic_round, join_fp32, kahan_step, split_fp32
 from lightning_eff.functional.formats import Codes, pack_int4, unpack_int4
 from lightning_eff.functional.fp8 import fp8_codes, fp8_quantize, fp8_scale
 from lightning_eff.functional.luq import (
@@ -18,12 +19,16 @@ from lightning_eff.functional.statistics import saturated_share, sqnr_db, zero_s
 __all__ = [
     "GRADIENT_ROUNDINGS",
     "Codes",
+    "bf16_round",
+    "bf16_stochastic_round",
     "draw_seed",
     "fnt_learning_rate",
     "fp8_codes",
     "fp8_quantize",
     "fp8_scale",
     "hindsight_max",
+    "join_fp32",
+    "kahan_step",
     "luq_codes",
     "luq_quantize",
     "luq_scale",
@@ -33,6 +38,7 @@ __all__ = [
     "sawb_quantize",
     "sawb_scale",
     "smp_quantize",
+    "split_fp32",
     "sqnr_db",
     "uniform_bits",
     "unpack_int4",

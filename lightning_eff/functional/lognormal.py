@@ -149,7 +149,7 @@ def threshold_for(sparsity: float, sigma: float) -> float:
 
 
 def remaining_sparsity(sparsity: float, zero_share: float) -> float:
-    """Sparsity S' to reach among the non-zero elements: ``(S - s0) / (1 - s0)``, 0 if there are enough zeros already."""
+    """Sparsity S' to reach among the non-zero elements: ``(S - s0) / (1 - s0)``; 0 if there are enough zeros."""
     return 0.0 if zero_share >= sparsity else (sparsity - zero_share) / (1 - zero_share)
 
 
@@ -230,7 +230,8 @@ def relative_error(exponent_bits: int, mantissa_bits: int, sigma2: float) -> flo
     reach = 2.0 ** (exponent_bits - 1)
     outside = 2 * _phi(-reach / sigma2)
     credit = reach * _LN2 + (sigma2 * _LN2) ** 2 / 2 + _log_phi(-(reach / sigma2 + sigma2 * _LN2))
-    return (1 - outside) / (8 * _LN2 * 2**mantissa_bits) + outside - math.exp(credit)
+    inside = (1 - outside) / (8 * _LN2 * 2.0**mantissa_bits)
+    return inside + outside - math.exp(credit)
 
 
 def best_format(bits: int, sigma2: float) -> FloatFormat:

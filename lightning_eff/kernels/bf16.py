@@ -80,12 +80,12 @@ def write_split(weight: Tensor, lo: Tensor, value: Tensor) -> None:
     increment_version(weight)
 
 
-def join_fp32(hi: Tensor, lo: Tensor) -> Tensor:
-    """See :func:`lightning_eff.functional.bf16.join_fp32`."""
+def join_fp32(hi: Tensor, lo: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """See :func:`lightning_eff.functional.bf16.join_fp32`; ``out`` is a float32 tensor to use."""
     hi = hi.detach()
-    kernels = _library_for(hi, lo)
+    out = torch.empty(hi.shape, dtype=torch.float32, device=hi.device) if out is None else out
+    kernels = _library_for(hi, lo, out)
     if kernels is None:
-        return functional.join_fp32(hi, lo)
-    out = torch.empty(hi.shape, dtype=torch.float32)
+        return out.copy_(functional.join_fp32(hi, lo))
     kernels.eff_bf16_join(hi.data_ptr(), lo.data_ptr(), hi.numel(), out.data_ptr(), torch.get_num_threads())
     return out

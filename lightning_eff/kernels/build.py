@@ -47,6 +47,7 @@ SIGNATURES = {
     "eff_bf16_split": (_P, _L, _P, _P, _I),
     "eff_bf16_join": (_P, _P, _L, _P, _I),
     "eff_float_format": (_P, _I, _L, _P, _I, ctypes.c_uint64, _P, _I, _P, _I),
+    "eff_prune": (_P, _I, _L, _F, ctypes.c_uint64, _P, _P, _I),
 }
 
 

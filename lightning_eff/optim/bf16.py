@@ -1,17 +1,18 @@
 """Any ``torch.optim`` optimizer, made to update bfloat16 parameters without losing small updates.
 
 The optimizer object stays the one the user made: its class becomes a subclass that runs the original ``step`` on
-float32 shadows. For the time of one step the shadows take the parameters' places in ``param_groups`` and ``state``;
+float32 shadows. While it runs the shadows take the parameters' places in ``param_groups`` and ``state``;
 afterwards the new values are written into the parameters. The parameters themselves are never exchanged, nor is their
-``data``: hooks, DDP's gradient buckets and ties stay as they are. Between steps no float32 copy of a weight exists.
+``data``: hooks, DDP's gradient buckets and ties stay as they are. No float32 copy of the weights is kept.
 
     update   how a weight is written back                             kept per parameter, besides the optimizer's state
     sr       stochastically rounded, right in the mean                nothing
     kahan    rounded; a compensation takes up what was lost           2 bytes, bfloat16
     split    the upper half is the weight, the lower half is kept     2 bytes, int16; float32 exactly
 
-Optimizer states (momenta) of bfloat16 parameters are float32. During ``step`` the shadows and the widened gradients
-take 8 bytes per parameter, which are free again when it returns.
+Optimizer states (momenta) of bfloat16 parameters are float32. A shadow and a widened gradient take 8 bytes per element
+while they are needed: for about a million elements at a time (or the largest parameter) with torch's own optimizers,
+for all parameters at once with others. On the CPU this buffer is kept for the next step.
 
 References:
     See :mod:`lightning_eff.functional.bf16`.
@@ -20,7 +21,7 @@ References:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -29,6 +30,7 @@ from torch.optim import Optimizer
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
 from lightning_eff.kernels.bf16 import join_fp32, write_kahan, write_split, write_stochastic
+from lightning_eff.kernels.products import scratch
 
 Update = Literal["sr", "kahan", "split"]
 UPDATES: tuple[str, ...] = get_args(Update)
@@ -36,6 +38,8 @@ _KEPT: dict[str, tuple[str, torch.dtype]] = {"kahan": ("compensation", torch.bfl
 """update -> key in the optimizer's state of a parameter, and the dtype of what is kept there."""
 _SCALARS = "bf16"
 """Key of the optimizer's ``state_dict`` with the update, the seed and the number of steps."""
+_PART = 1 << 20
+"""Elements that one call of a torch optimizer updates, unless a single parameter is larger."""
 _MASK = (1 << 64) - 1
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
@@ -128,11 +132,14 @@ def _step(self: ShadowedOptimizer, closure: Callable[[], Any] | None = None, *ar
     self._opt_called = True  # what a scheduler's wrapper around `step` would do, in this torch ...
     if hasattr(self, "_step_count"):
         self._step_count += 1  # ... and in older ones
+    loss = result = None
     if closure is not None:
         with torch.enable_grad():
-            args = (_Evaluated(self, closure()), *args)
-    with self._on_shadows():
-        result = self._original_step(*args, **kwargs)
+            loss = closure()
+    for part in self._parts():
+        given = () if closure is None else (_Evaluated(self, loss),)
+        with self._on_shadows(part):
+            result = self._original_step(*given, *args, **kwargs)
     self._bf16["steps"] += 1
     return result
 
@@ -167,21 +174,47 @@ class ShadowedOptimizer(Optimizer):
 
     # ------------------------------------------------------------------------------------------ one step
 
+    @property
+    def _by_itself(self) -> bool:
+        """Whether the step treats each parameter by itself and keeps no reference to it, as torch's own do."""
+        return self._original.__module__.startswith("torch.optim.")
+
+    def _parts(self) -> list[dict[Tensor, int]]:
+        """Which parameters (and their places) are updated together: as few as are worth a call, or all.
+
+        torch's own optimizers treat each parameter by itself, so their step may run over a few at a time. Of others
+        that is not known: they see all at once.
+        """
+        every = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        if not self._by_itself:
+            return [every]
+        parts: list[dict[Tensor, int]] = [{}]
+        size = 0
+        for p, place in every.items():
+            if p.grad is not None:
+                numel = p.numel() if p.dtype is torch.bfloat16 else 0
+                if size and size + numel > _PART:
+                    parts.append({})
+                    size = 0
+                parts[-1][p] = place
+                size += numel
+        return parts
+
     @contextlib.contextmanager
-    def _on_shadows(self) -> Iterator[None]:
+    def _on_shadows(self, part: dict[Tensor, int]) -> Iterator[None]:
         """Put shadows in the places of the bfloat16 parameters that have a gradient; write back what they became."""
         shadows: dict[Tensor, nn.Parameter] = {}
         kept: dict[Tensor, Tensor] = {}
-        places = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        halves = [p for p in part if p.dtype is torch.bfloat16 and p.grad is not None]
+        room = _Room(halves if self._by_itself else [])
         with torch.no_grad():
-            for p in places:
-                if p.dtype is torch.bfloat16 and p.grad is not None:
-                    kept[p] = self._take_kept(p)
-                    shadows[p] = nn.Parameter(self._wide(p, kept[p]))
-                    shadows[p].grad = p.grad.to(torch.float32)
+            for p in halves:
+                kept[p] = self._take_kept(p)
+                shadows[p] = nn.Parameter(self._widen(p, kept[p], room.take(p)))
+                shadows[p].grad = _widened(p.grad, room)
         done = False
         try:
-            with self._exchanged(shadows):
+            with self._exchanged({p: shadows.get(p, p) for p in part}):
                 yield
             done = True
         finally:
@@ -189,16 +222,16 @@ class ShadowedOptimizer(Optimizer):
                 for p in list(shadows):
                     shadow = shadows.pop(p)
                     if done:
-                        self._write(p, shadow, kept[p], places[p])
+                        self._write(p, shadow, kept[p], part[p])
                     if self.update in _KEPT:
                         self.state[p][_KEPT[self.update][0]] = kept[p]
 
     @contextlib.contextmanager
-    def _exchanged(self, places: dict[Tensor, nn.Parameter]) -> Iterator[None]:
-        """Let ``places[p]`` stand for ``p`` in the parameter groups and in the state."""
+    def _exchanged(self, places: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        """Let ``places[p]`` stand for ``p`` in the parameter groups and in the state; hide what is not in it."""
         lists = [(group["params"], list(group["params"])) for group in self.param_groups]
-        for params, _ in lists:
-            params[:] = [places.get(p, p) for p in params]
+        for params, originals in lists:
+            params[:] = [places[p] for p in originals if p in places]
         self._rename(places)
         try:
             yield
@@ -222,8 +255,8 @@ class ShadowedOptimizer(Optimizer):
             return torch.zeros(p.shape, dtype=dtype, device=p.device)
         return kept.to(p.device)  # type: ignore[no-any-return]
 
-    def _wide(self, p: Tensor, kept: Tensor) -> Tensor:
-        return join_fp32(p, kept) if self.update == "split" else p.detach().to(torch.float32)
+    def _widen(self, p: Tensor, kept: Tensor, out: Tensor) -> Tensor:
+        return join_fp32(p, kept, out=out) if self.update == "split" else out.copy_(p.detach())
 
     def _write(self, p: Tensor, shadow: Tensor, kept: Tensor, place: int) -> None:
         """Bring the float32 result into the bfloat16 parameter."""
@@ -245,11 +278,12 @@ class ShadowedOptimizer(Optimizer):
 
         torch casts states to the dtype of their parameter: for bfloat16 ones, to that of the shadow.
         """
-        every = [p for group in self.param_groups for p in group["params"] if p.dtype is torch.bfloat16]
-        stand_ins = {p: nn.Parameter(torch.empty(0, device=p.device, dtype=torch.float32)) for p in every}
-        with self._exchanged(stand_ins):
+        every = [p for group in self.param_groups for p in group["params"]]
+        halves = [p for p in every if p.dtype is torch.bfloat16]
+        stand_ins = {p: nn.Parameter(torch.empty(0, device=p.device, dtype=torch.float32)) for p in halves}
+        with self._exchanged({p: stand_ins.get(p, p) for p in every}):
             super().load_state_dict(state_dict)
-        for p in every:
+        for p in halves:
             for update, (key, dtype) in _KEPT.items():
                 if p in self.state and key in self.state[p]:
                     kept = self.state[p].pop(key)
@@ -274,6 +308,34 @@ def _seed(seed: int, step: int, place: int) -> int:
         seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & _MASK
         seed ^= seed >> 31
     return seed
+
+
+class _Room:
+    """Float32 tensors for shadows and gradients; on the CPU pieces of one buffer that is used again in the next part.
+
+    Fresh temporaries of this size cost more in page faults than the whole step.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        size = 2 * sum(_aligned(p.numel()) for p in parameters if p.device.type == "cpu")
+        self.free = scratch("shadows", size, torch.float32) if size else None
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised, contiguous float32 tensor of the shape and on the device of ``like``."""
+        if self.free is None or like.device.type != "cpu":
+            return torch.empty(like.shape, dtype=torch.float32, device=like.device)
+        piece, self.free = self.free[: like.numel()], self.free[_aligned(like.numel()) :]
+        return piece.view(like.shape)
+
+
+def _widened(grad: Tensor | None, room: _Room) -> Tensor | None:
+    if grad is None or grad.layout is not torch.strided:
+        return None if grad is None else grad.to(torch.float32)
+    return room.take(grad).copy_(grad)
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // 16) * 16  # 64 bytes
 
 
 _MADE: dict[type[Any], type[Any]] = {}

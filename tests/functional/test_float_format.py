@@ -34,7 +34,7 @@ def all_float16() -> Tensor:
 
 
 def oracle(x: Tensor, fmt: FloatFormat) -> Tensor:
-    """Nearest value in float64 by search; a tie goes to the even code, without mantissa bits to the larger magnitude."""
+    """Nearest value in float64 by search; a tie goes to the even code, without mantissa bits to the larger."""
     values = fmt.table[: fmt.max_code + 1].double()
     a = x.double().abs().clamp(max=fmt.max)
     above = torch.searchsorted(values, a).clamp(max=values.numel() - 1)
@@ -107,8 +107,8 @@ def test_the_ocp_formats_are_those_of_torch(fmt: FloatFormat, dtype: torch.dtype
     values, theirs = decode(codes, fmt), codes.view(dtype).float()
     assert torch.equal(values.isnan(), theirs.isnan())
     assert torch.equal(values.nan_to_num(0.5), theirs.nan_to_num(0.5))
-    for x in (all_float16().float(), torch.randn(100_000) * torch.randn(100_000).mul(6).exp2()):
-        x = x[x.abs() <= fmt.max]
+    for numbers in (all_float16().float(), torch.randn(100_000) * torch.randn(100_000).mul(6).exp2()):
+        x = numbers[numbers.abs() <= fmt.max]
         assert torch.equal(encode(x, fmt), x.to(dtype).view(torch.uint8))
         assert torch.equal(quantize(x, fmt), x.to(dtype).float())
     limits = torch.finfo(dtype)

@@ -85,6 +85,26 @@ def test_split_is_float32_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updating_in_parts_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's optimizers are run over a few parameters at a time; a subclass of the user's over all at once."""
+    shapes, ends = ((5, 7), (9, 3), (2, 2), (40, 3), (1, 1)), []
+    for part in (1, 40, 1 << 20):
+        monkeypatch.setattr("lightning_eff.optim.bf16._PART", part)
+        params = weights(shapes=shapes)
+        optimizer = bf16_updates(OPTIMIZERS[name](params))
+        train(optimizer, params, gradients(10, shapes))
+        ends.append([wide(optimizer, p) for p in params])
+    made = OPTIMIZERS[name](params := weights(shapes=shapes))
+    made.__class__ = type("Users", (type(made),), {"__module__": "users.code"})
+    optimizer = bf16_updates(made)
+    train(optimizer, params, gradients(10, shapes))
+    ends.append([wide(optimizer, p) for p in params])
+    assert optimizer._by_itself is False
+    for end in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("update", ["sr", "kahan"])
 def test_sr_and_kahan_stay_near_float32(name: str, update: Any) -> None:
     plain, ours, grads = weights(torch.float32), weights(), gradients(20)
