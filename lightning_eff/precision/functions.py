@@ -40,6 +40,13 @@ def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
+def _owned(y: Tensor) -> Tensor:
+    """``y`` as a tensor that is no view: the output of a Function that is one must not be written to in place."""
+    if not y._is_view():
+        return y
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+
+
 def _refuse_double_backward(state: LayerState) -> None:
     if torch.is_grad_enabled():  # create_graph=True: the result would silently lack its own gradient
         raise UnsupportedLayerError(
@@ -107,7 +114,7 @@ class LinearFunction(torch.autograd.Function):
         y, saved, ctx.codes = linear_forward(x, weight, bias, state, save=train and weight.requires_grad)
         ctx.state, ctx.dtypes = state, (x.dtype, weight.dtype)
         ctx.save_for_backward(*(saved or ()))
-        return y
+        return _owned(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -216,7 +223,7 @@ class ConvFunction(torch.autograd.Function):
         y, saved, ctx.codes = conv_forward_last(x, weight, bias, state, geometry, save=save)
         ctx.state, ctx.geometry, ctx.rest = state, geometry, (x.shape, weight.shape, x.dtype, weight.dtype)
         ctx.save_for_backward(*(saved or ()))
-        return y
+        return _owned(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -241,3 +243,31 @@ def test_fine_tuning_phase_quantises_the_weight_alone() -> None:
         leaf = weight.requires_grad_()
         (dw,) = torch.autograd.grad(plain(layer, x, leaf).float().square().sum(), leaf)
         torch.testing.assert_close(layer.weight.grad, dw, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("write", [lambda y: y.relu_(), lambda y: y.mul_(2.0)], ids=["relu_", "mul_"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(8, 6), (5, 8)),
+        (nn.Linear(8, 6), (2, 5, 8)),
+        (nn.Linear(8, 6), (8,)),
+        (nn.Conv1d(8, 6, 3), (2, 8, 7)),
+        (nn.Conv2d(8, 6, 3), (2, 8, 7, 7)),
+        (nn.Conv3d(8, 6, 3), (2, 8, 5, 5, 5)),
+    ],
+    ids=str,
+)
+def test_the_output_may_be_written_to_in_place(
+    layer: nn.Module, shape: tuple[int, ...], write: Callable[[Tensor], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model, _ = converted(nn.Sequential(copy.deepcopy(layer)))
+    x = torch.randn(shape, requires_grad=True)
+    expected = write(model(x).clone())
+    result = write(model(x))
+    assert torch.equal(result, expected)
+    assert result.stride() == expected.stride()
+    result.sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
