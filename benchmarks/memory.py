@@ -23,7 +23,7 @@ from examples.common.saved import held_by_graph, record_all, record_saved
 
 TARGET = 0.15
 """Largest accepted bytes of the quantised layers / the same layers in fp32: INT4 is 0.125, the rest is scales."""
-VARIANTS = ("bf16-mixed", "luq4", "luq4-smp2", "luq4-emulated", "fp8")
+VARIANTS = ("bf16-mixed", "luq4", "luq4-smp2", "luq4-emulated", "luq4+bf16-mixed", "fp8", "fp8+bf16-mixed")
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ def count(model: str, variant: str, options: argparse.Namespace) -> Kept:
     """Return what ``variant`` keeps in a step after the first, which fills caches."""
     work = workload(model, device=options.device, tiny=options.tiny)
     layers = [work.model.get_submodule(name) for name in work.converted_names()]
-    if variant in LUQ_VARIANTS:
-        convert(work, **LUQ_VARIANTS[variant])
-    elif variant == "fp8":
+    method, _, _ = variant.partition("+")
+    if method in LUQ_VARIANTS:
+        convert(work, **LUQ_VARIANTS[method])
+    elif method == "fp8":
         convert(work, "fp8")
-    context = autocast(options.device) if variant == "bf16-mixed" else nullcontext
+    context = autocast(options.device) if variant.endswith("bf16-mixed") else nullcontext
     with context():
         work.loss().backward()
     with context(), record_saved(layers) as inside:
