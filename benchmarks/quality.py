@@ -33,11 +33,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "luq4-nearest": {"exempt_first_last": False, "gradient_rounding": "nearest"},
 }
 """Variant -> options of ``LUQPrecision``."""
-VARIANTS = ("fp32", "bf16-mixed", "fp8", *OPTIONS)
+FINE_TUNED = "luq4-fine-tuned"
+"""``luq4`` whose last ``--steps`` / 5 steps run with INT4 weights alone, peaking at the GPT's learning rate."""
+VARIANTS = ("fp32", "bf16-mixed", "fp8", *OPTIONS, FINE_TUNED)
 
 
-def arguments(variant: str) -> dict[str, Any]:
-    """Return the Trainer arguments of one variant."""
+def arguments(variant: str, steps: int) -> dict[str, Any]:
+    """Return the Trainer arguments of one variant for a run of ``steps`` optimizer steps."""
+    if variant == FINE_TUNED:
+        from lightning_eff.callbacks import LUQFineTuning
+
+        return {"precision": "luq4", "callbacks": [LUQFineTuning(max(steps // 5, 1), base_lr=1e-3)]}
     if variant == "fp32":
         return {"precision": "32-true"}
     if variant not in OPTIONS:  # bf16-mixed, fp8
@@ -78,7 +84,7 @@ def measure(report: Report, name: str, options: argparse.Namespace) -> None:
     found: dict[str, list[float]] = {variant: [] for variant in variants}
     for seed in range(options.seeds):
         for variant in variants:
-            found[variant].append(train(task, arguments(variant), seed).metric * factor)
+            found[variant].append(train(task, arguments(variant, options.steps), seed).metric * factor)
     base = found["fp32"]
     for variant, values in found.items():
         worse = [sign * (ours - theirs) for ours, theirs in zip(values, base, strict=True)]  # same seed, same data

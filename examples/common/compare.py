@@ -114,7 +114,7 @@ def train(task: Task, arguments: dict[str, Any], seed: int, *, max_steps: int | 
 
     Args:
         task: what to train.
-        arguments: ``precision=`` or ``plugins=`` for the Trainer.
+        arguments: ``precision=`` or ``plugins=`` for the Trainer, and ``callbacks=`` beside the recorder.
         seed: decides initial weights, order of the data and stochastic rounding.
         max_steps: stop after this many steps and do not validate; for timing.
         show: let through what the precision prints, such as its table of converted layers.
@@ -133,8 +133,7 @@ def train(task: Task, arguments: dict[str, Any], seed: int, *, max_steps: int | 
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[_Recorder(run)],
-        **arguments,
+        **{**arguments, "callbacks": [_Recorder(run), *arguments.get("callbacks", ())]},
         **short,
     )
     with nullcontext() if show else redirect_stdout(io.StringIO()):
