@@ -95,7 +95,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "fsdp": "not shown to work yet; use strategy='ddp'",
                     "deepspeed": "not shown to work yet; use strategy='ddp'",
                 },
-                state_keys=("seed", "calls", "phase", "hindsight"),
+                state_keys=("seed", "calls", "phase", "memory"),
                 metrics={
                     "eff/luq4/weight_sqnr_db": "signal to quantisation noise of the INT4 weights, dB, mean over layers",
                     "eff/luq4/input_sqnr_db": "signal to quantisation noise of the INT4 inputs, dB, mean over layers",

@@ -2,11 +2,11 @@
 
 from lightning_eff.functional.bf16 import bf16_round, bf16_stochastic_round, join_fp32, kahan_step, split_fp32
 from lightning_eff.functional.formats import Codes, pack_int4, unpack_int4
-from lightning_eff.functional.fp8 import fp8_codes, fp8_quantize, fp8_scale
+from lightning_eff.functional.fp8 import DelayedScale, fp8_codes, fp8_quantize, fp8_scale
 from lightning_eff.functional.luq import (
     GRADIENT_ROUNDINGS,
+    HindsightMax,
     fnt_learning_rate,
-    hindsight_max,
     luq_codes,
     luq_quantize,
     luq_scale,
@@ -19,6 +19,8 @@ from lightning_eff.functional.statistics import saturated_share, sqnr_db, zero_s
 __all__ = [
     "GRADIENT_ROUNDINGS",
     "Codes",
+    "DelayedScale",
+    "HindsightMax",
     "bf16_round",
     "bf16_stochastic_round",
     "draw_seed",
@@ -26,7 +28,6 @@ __all__ = [
     "fp8_codes",
     "fp8_quantize",
     "fp8_scale",
-    "hindsight_max",
     "join_fp32",
     "kahan_step",
     "luq_codes",

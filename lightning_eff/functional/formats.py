@@ -16,11 +16,16 @@ class Codes(NamedTuple):
 
     Attributes:
         codes: integers, exact in the given dtype, shape of the tensor they stand for.
-        scale: 0-d float32 tensor; NaN when the tensor held NaN or Inf, so that the damage stays visible.
+        scale: float32 tensor, 0-d or, with a scale for each row, broadcastable to ``codes``; NaN where the tensor held
+            NaN or Inf, so that the damage stays visible.
     """
 
     codes: Tensor
     scale: Tensor
+
+    def t(self) -> Codes:
+        """The transposed matrix."""
+        return Codes(self.codes.t(), self.scale.t())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``codes * scale``, computed in float32, in ``dtype``."""

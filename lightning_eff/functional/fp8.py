@@ -1,6 +1,9 @@
-"""FP8 with one dynamic scale per tensor: E4M3 for inputs and weights, E5M2 for gradients.
+"""FP8 with one scale per tensor or per row: E4M3 for inputs and weights, E5M2 for gradients.
 
     s = MAX / max(amax(x), 1e-12);   q = cast(clamp(x * s, -MAX, MAX));   x ~ q / s
+
+Dynamic scaling takes amax from the tensor itself ("tensorwise") or from each of its rows ("rowwise"); delayed scaling
+takes it from the steps before (:class:`DelayedScale`).
 
 The cast rounds to nearest, ties to even. Values are clamped before it, because torch's casts differ between versions
 and formats in what they do above the range (E4M3 saturates since 2.12, Inf included; E5M2 gives Inf). A tensor with NaN
@@ -8,10 +11,15 @@ or Inf gets the scale NaN, so that the damage stays visible.
 
 References:
     Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv:2209.05433, sections 3 and 4 (formats, scaling).
-    torchao.float8, recipe "tensorwise" (the constants).
+    torchao.float8, recipes "tensorwise" and "rowwise" (the constants); NVIDIA Transformer Engine, DelayedScaling.
 """
 
 from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +36,12 @@ def fp8_scale(max_abs: Tensor, dtype: torch.dtype, *, power_of_two: bool = False
     """Return (1 / s, s): what multiplies codes back, and what multiplies the tensor before the cast.
 
     Args:
-        max_abs: 0-d, largest magnitude.
+        max_abs: largest magnitude of the tensor (0-d) or of each row (any shape).
         dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         power_of_two: round s down to a power of two; then scaling itself rounds nothing.
 
     Returns:
-        Two 0-d float32 tensors; NaN and 0 when ``max_abs`` is not finite.
+        Two float32 tensors like ``max_abs``; NaN and 0 where it is not finite.
 
     Raises:
         ConfigurationError: ``dtype`` is no FP8 format.
@@ -47,16 +55,26 @@ def fp8_scale(max_abs: Tensor, dtype: torch.dtype, *, power_of_two: bool = False
     return torch.where(finite, 1 / up, torch.nan), torch.where(finite, up, 0.0)
 
 
-def fp8_codes(x: Tensor, dtype: torch.dtype = E4M3, *, power_of_two: bool = False) -> Codes:
-    """Quantise to FP8 with one scale for the tensor.
+def fp8_codes(
+    x: Tensor,
+    dtype: torch.dtype = E4M3,
+    *,
+    power_of_two: bool = False,
+    dim: int | None = None,
+    max_abs: Tensor | None = None,
+) -> Codes:
+    """Quantise to FP8 with one scale for the tensor, or one for each slice along a dimension.
 
     Args:
         x: any floating tensor; the arithmetic is float32.
         dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         power_of_two: see :func:`fp8_scale`.
+        dim: the dimension a product will sum over; every index of the others gets a scale of its own. None: one scale.
+        max_abs: the largest magnitude to scale for (delayed scaling); what lies above saturates. Default: measured.
 
     Returns:
-        Codes of ``dtype`` and the scale that multiplies them back; all zero and NaN when ``x`` holds NaN or Inf.
+        Codes of ``dtype`` and the scale that multiplies them back (0-d, or shaped like ``x`` with 1 at ``dim``); all
+        zero and NaN where ``x`` holds NaN or Inf.
 
     Raises:
         ConfigurationError: ``dtype`` is no FP8 format.
@@ -64,20 +82,78 @@ def fp8_codes(x: Tensor, dtype: torch.dtype = E4M3, *, power_of_two: bool = Fals
     Example:
         >>> fp8_quantize(torch.tensor([0.1, -0.5, 3.0, 10.0]), power_of_two=True)
         tensor([ 0.1016, -0.5000,  3.0000, 10.0000])
+        >>> fp8_codes(torch.tensor([[1.0, 2.0], [1e5, 0.0]]), dim=1).scale.tolist()
+        [[0.004464285913854837], [223.21429443359375]]
     """
     x = x.detach().to(torch.float32)
-    max_abs = x.abs().max() if x.numel() else x.new_zeros(())
-    down, up = fp8_scale(max_abs, dtype, power_of_two=power_of_two)
+    observed = largest_along(x, dim)
+    # A broken tensor shows even where the scale is from the past.
+    largest = observed if max_abs is None else torch.where(observed.isfinite(), max_abs, torch.nan)
+    down, up = fp8_scale(largest, dtype, power_of_two=power_of_two)
     scaled = torch.where(up == 0, 0.0, x * up)
     return Codes(scaled.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), down)
 
 
-def fp8_quantize(x: Tensor, dtype: torch.dtype = E4M3, *, power_of_two: bool = False) -> Tensor:
+def largest_along(x: Tensor, dim: int | None = None) -> Tensor:
+    """Largest magnitude of ``x`` (0-d), or of each slice along ``dim`` (which stays, with size 1); 0 where empty."""
+    if dim is None:
+        return x.abs().max() if x.numel() else x.new_zeros(())
+    return x.abs().amax(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
+
+
+def fp8_quantize(
+    x: Tensor, dtype: torch.dtype = E4M3, *, power_of_two: bool = False, dim: int | None = None
+) -> Tensor:
     """Quantise and dequantise: the values an FP8 product sees, in the dtype of ``x``.
 
     Args:
         x: any floating tensor.
         dtype: see :func:`fp8_codes`.
         power_of_two: see :func:`fp8_scale`.
+        dim: see :func:`fp8_codes`.
     """
-    return fp8_codes(x, dtype, power_of_two=power_of_two).dequantize(x.dtype)
+    return fp8_codes(x, dtype, power_of_two=power_of_two, dim=dim).dequantize(x.dtype)
+
+
+class DelayedScale:
+    """Delayed scaling: the scale of a step comes from the largest magnitudes of the steps before it.
+
+        max_abs(t) = 2^margin * max(amax(t - 1), ..., amax(t - history))
+
+    It saves the pass over the tensor for its maximum; what grows beyond it saturates. The first step has the scale one
+    (``max_abs`` is the format's largest value); steps without a positive finite maximum leave the estimate as it is.
+
+    Args:
+        dtype: the format.
+        history: steps looked back on, l.
+        margin: octaves of headroom above the largest one seen.
+
+    Example:
+        >>> scale = DelayedScale(E4M3, history=2)
+        >>> [(scale.update(amax), scale.max_abs)[1] for amax in (2.0, 8.0, 4.0, 1.0, 0.0)]
+        [2.0, 8.0, 8.0, 4.0, 1.0]
+
+    References:
+        Transformer Engine, recipe DelayedScaling (history 1024, margin 0, "max").
+    """
+
+    def __init__(self, dtype: torch.dtype, *, history: int = 1024, margin: int = 0) -> None:
+        self.margin = margin
+        self.max_abs = LARGEST[dtype]
+        self._seen: deque[float] = deque(maxlen=history)
+
+    def update(self, observed: float) -> None:
+        """Take in the largest magnitude of a step."""
+        if math.isfinite(observed):
+            self._seen.append(observed)
+            self.max_abs = max(self._seen) * 2.0**self.margin or self.max_abs
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history and the estimate."""
+        return {"history": list(self._seen), "max_abs": self.max_abs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        self._seen.clear()
+        self._seen.extend(state["history"])
+        self.max_abs = float(state["max_abs"])

@@ -21,7 +21,9 @@ Differs: max|x| instead of the signed maximum of the published code; edge cases 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -179,17 +181,37 @@ def smp_quantize(x: Tensor, *, samples: int, levels: int = 7, seed: int | None =
     return torch.stack([luq_quantize(x, levels=levels, seed=seed + i) for i in range(samples)]).mean(0)
 
 
-def hindsight_max(previous: Tensor, observed: Tensor, *, momentum: float = 0.1) -> Tensor:
+class HindsightMax:
     """In-hindsight maximum for the next step: ``(1 - momentum) * observed + momentum * previous``.
 
     It replaces the pass over the tensor for its maximum; values above the estimate saturate (a small bias).
 
     Args:
-        previous: 0-d, the estimate used in this step; NaN on the first.
-        observed: 0-d, the true maximum of this step.
         momentum: eta; 0.1 is from memory, unverified in the paper's text.
+
+    Example:
+        >>> estimate = HindsightMax(momentum=0.25)
+        >>> estimate.update(4.0), estimate.update(8.0), estimate.value
+        (None, None, 7.0)
     """
-    return torch.where(previous.isnan(), observed, (1 - momentum) * observed + momentum * previous)
+
+    def __init__(self, momentum: float = 0.1) -> None:
+        self.momentum = momentum
+        self.value = math.nan
+
+    def update(self, observed: float) -> None:
+        """Take in the true maximum of a step; a broken step must not poison the estimate for good."""
+        if math.isfinite(observed):
+            first = math.isnan(self.value)
+            self.value = observed if first else (1 - self.momentum) * observed + self.momentum * self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The estimate, NaN before the first step."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        self.value = float(state["value"])
 
 
 def fnt_learning_rate(step: int, *, total: int, start: float, base: float) -> float:

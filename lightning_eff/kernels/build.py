@@ -36,7 +36,7 @@ SIGNATURES = {
     "eff_luq_codes": (_P, _I, _L, _P, _P, _I, ctypes.c_uint64, _P, _P, _I),
     "eff_unpack": (_P, _L, _I, _P, _I),
     "eff_fp8_scale": (_P, _F, _I, _P),
-    "eff_fp8_encode": (_P, _I, _L, _P, _I, _P, _P, _I),
+    "eff_fp8_encode": (_P, _I, _L, _P, _I, _P, _P, _P, _I),
     "eff_fp8_decode": (_P, _L, _I, _P, _I),
     "eff_relu": (_P, _I, _L, _P, _P, _I),
     "eff_relu_grad": (_P, _I, _P, _L, _P, _I),

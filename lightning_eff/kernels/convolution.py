@@ -81,6 +81,11 @@ def _groups(images: int, bytes_per_image: int, at_least: int = 0) -> Iterator[sl
     return (slice(start, min(start + size, images)) for start in range(0, images, size))
 
 
+def _gathers(codes: Tensor, native: bool, geometry: Geometry) -> bool:
+    """Whether to gather and multiply on integer units; FP8 values take torch's convolution in bfloat16."""
+    return native and geometry.groups == 1 and not codes.is_floating_point()
+
+
 def _columns(x: Tensor, geometry: Geometry, taps: Tensor, out_size: Triple) -> Tensor:
     return x.reshape(-1, x.shape[-1]) if geometry.pointwise else gather(x, taps, geometry.stride, out_size)
 
@@ -104,7 +109,7 @@ def conv_forward(
         bias: (O,) or ``None``.
         dtype: of the result.
     """
-    if not native or geometry.groups > 1:
+    if not _gathers(x.codes, native, geometry):
         acc = emulated_forward(x.codes, weight.codes, geometry)
         return rescale(acc.flatten(0, 3), x.scale, weight.scale, bias=bias, dtype=dtype).view(acc.shape)
     images, out_size, channels = x.codes.shape[0], geometry.out_size(x.codes.shape[1:4]), weight.codes.shape[0]
@@ -132,7 +137,7 @@ def conv_input_grad(
         dtype: of the result.
     """
     images, (channels, _, inputs) = grad.codes.shape[0], weight.codes.shape
-    if not native or geometry.groups > 1:
+    if not _gathers(grad.codes, native, geometry):
         acc = emulated_input_grad(grad.codes, weight.codes, geometry, size)
         return rescale(acc.flatten(0, 3), grad.scale, weight.scale, dtype=dtype).view(acc.shape)
     single = geometry.stride == (1, 1, 1)
@@ -172,7 +177,7 @@ def conv_weight_grad(
     taps = geometry.taps
     inputs = x.codes.shape[-1] // geometry.groups
     positions, width = out_size[0] * out_size[1] * out_size[2], taps.shape[1] * inputs
-    if not native or geometry.groups > 1:
+    if not _gathers(x.codes, native, geometry):
         acc = emulated_weight_grad(grad.codes, x.codes, geometry).view(channels, width)
         return rescale(acc, grad.scale, x.scale, factor=factor, dtype=dtype).view(channels, -1, inputs)
     total: Tensor | None = None

@@ -1,7 +1,7 @@
-"""FP8 casts with the numbers of :mod:`lightning_eff.functional.fp8`, one pass each.
+"""FP8 casts with the numbers of :mod:`lightning_eff.functional.fp8`, one pass each, and products on FP8 units.
 
 On the CPU a code is used as the bfloat16 number it stands for (exact), because products of bfloat16 are what the
-processor has; the byte is what is kept for backward.
+processor has; the byte is what is kept for backward. GPUs from compute capability 8.9 on multiply the bytes themselves.
 """
 
 from __future__ import annotations
@@ -11,15 +11,24 @@ from torch import Tensor
 
 from lightning_eff import functional
 from lightning_eff.functional.formats import Codes
-from lightning_eff.functional.fp8 import E4M3, E5M2, LARGEST
+from lightning_eff.functional.fp8 import E4M3, E5M2, LARGEST, largest_along
 from lightning_eff.kernels.build import library
 from lightning_eff.kernels.quantize import TYPES, largest_magnitude
 
 _FORMATS = {E4M3: 0, E5M2: 1}
+ALIGNMENT = 16
+"""What CUDA wants the inner and the right outer size of an FP8 product to be a multiple of."""
 
 
 def fp8_encode(
-    x: Tensor, dtype: torch.dtype, *, power_of_two: bool = False, keep: bool = False, out: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype,
+    *,
+    power_of_two: bool = False,
+    keep: bool = False,
+    out: Tensor | None = None,
+    max_abs: float | None = None,
+    observed: Tensor | None = None,
 ) -> tuple[Codes, Tensor | None]:
     """FP8 values of ``x`` as bfloat16 codes, and the FP8 tensor itself if ``keep``.
 
@@ -29,23 +38,44 @@ def fp8_encode(
         power_of_two: see :func:`lightning_eff.functional.fp8_scale`.
         keep: also return the codes as ``dtype``, one byte each.
         out: bfloat16 buffer of at least ``x.numel()`` elements; default: a new one.
+        max_abs: what to scale for (delayed scaling): one pass less. Default: the largest magnitude of ``x``.
+        observed: with ``max_abs``, a 0-d float32 tensor that receives the largest magnitude, not finite if ``x`` is not.
     """
     x = x.detach()
     x = (x if x.dtype in TYPES else x.to(torch.float32)).contiguous()
     kernels = library() if x.device.type == "cpu" else None
+    if max_abs is not None and observed is None:
+        observed = torch.empty((), device=x.device)
     if kernels is None:
-        plain = functional.fp8_codes(x, dtype, power_of_two=power_of_two)
-        return Codes(plain.codes.to(torch.bfloat16), plain.scale), plain.codes if keep else None
+        plain, kept = _encode_plain(x, dtype, power_of_two, max_abs, observed)
+        return Codes(plain.codes.to(torch.bfloat16), plain.scale), kept if keep else None
     n, threads, scale = x.numel(), torch.get_num_threads(), torch.empty(2)
-    largest = largest_magnitude(x)
+    largest = largest_magnitude(x) if max_abs is None else torch.tensor(max_abs)
     kernels.eff_fp8_scale(largest.data_ptr(), LARGEST[dtype], power_of_two, scale.data_ptr())
     values = (torch.empty(n, dtype=torch.bfloat16) if out is None else out[:n]).view(x.shape)
     kept = torch.empty(x.shape, dtype=dtype) if keep else None
-    pointer = None if kept is None else kept.data_ptr()
     kernels.eff_fp8_encode(
-        x.data_ptr(), TYPES[x.dtype], n, scale.data_ptr(), _FORMATS[dtype], pointer, values.data_ptr(), threads
+        x.data_ptr(),
+        TYPES[x.dtype],
+        n,
+        scale.data_ptr(),
+        _FORMATS[dtype],
+        None if kept is None else kept.data_ptr(),
+        values.data_ptr(),
+        None if max_abs is None or observed is None else observed.data_ptr(),
+        threads,
     )
     return Codes(values, scale[0]), kept
+
+
+def _encode_plain(
+    x: Tensor, dtype: torch.dtype, power_of_two: bool, max_abs: float | None, observed: Tensor | None
+) -> tuple[Codes, Tensor]:
+    if observed is not None:
+        observed.copy_(largest_along(x))
+    largest = None if max_abs is None else torch.full((), max_abs, device=x.device)
+    codes = functional.fp8_codes(x, dtype, power_of_two=power_of_two, max_abs=largest)
+    return codes, codes.codes
 
 
 def fp8_decode(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -57,3 +87,39 @@ def fp8_decode(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
     values = (torch.empty(n, dtype=torch.bfloat16) if out is None else out[:n]).view(codes.shape)
     kernels.eff_fp8_decode(codes.data_ptr(), n, _FORMATS[codes.dtype], values.data_ptr(), torch.get_num_threads())
     return values
+
+
+def fp8_product(
+    a: Codes, b: Codes, *, factor: float = 1.0, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``(a.codes @ b.codes) * a.scale * b.scale * factor + bias`` on FP8 units, sums in float32.
+
+    CUDA's rules are met here: the left operand row-major, the right one column-major, sizes padded with zeros to
+    multiples of :data:`ALIGNMENT`, bfloat16 results where there is a scale for each row.
+
+    Args:
+        a: FP8 codes (M, K), not both E5M2; scale 0-d or (M, 1).
+        b: FP8 codes (K, N); scale 0-d or (1, N).
+        factor: constant.
+        bias: (N,) or None.
+        dtype: of the result (M, N).
+    """
+    (m, k), n = a.codes.shape, b.codes.shape[1]
+    left = _padded(a.codes, 0, -k % ALIGNMENT)
+    right = _padded(b.codes.t(), -n % ALIGNMENT, -k % ALIGNMENT).t()
+    rowwise = a.scale.dim() == 2
+    scales = (a.scale * factor).contiguous(), b.scale.contiguous()
+    if rowwise:
+        scales = scales[0], torch.nn.functional.pad(scales[1], (0, -n % ALIGNMENT))
+    result = torch._scaled_mm(
+        left, right, scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16 if rowwise else torch.float32
+    )[:m, :n]
+    result = result if bias is None else result.to(torch.float32) + bias.to(torch.float32)
+    return result.to(dtype)
+
+
+def _padded(codes: Tensor, rows: int, columns: int) -> Tensor:
+    """Row-major ``codes`` with zeros added (as bytes: a zero byte is zero in every FP8 format)."""
+    if not rows and not columns:
+        return codes.contiguous()
+    return torch.nn.functional.pad(codes.contiguous().view(torch.uint8), (0, columns, 0, rows)).view(codes.dtype)

@@ -91,7 +91,8 @@ def _axes(geometry: Geometry, depth: int) -> int:
 
 
 def _arithmetic(codes: Tensor) -> torch.dtype:
-    return torch.bfloat16 if codes.dtype == torch.bfloat16 else torch.float32
+    """FP8 values are exact in bfloat16, integer codes in float32."""
+    return torch.bfloat16 if codes.is_floating_point() else torch.float32
 
 
 def _image(codes: Tensor, axes: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels.build import library
+from lightning_eff.kernels.fp8 import fp8_product
 from lightning_eff.kernels.quantize import TYPES
 
 LARGEST_TERM = 15 * 128
@@ -23,6 +24,7 @@ _INT32_TERMS = 2**31 // LARGEST_TERM
 _FLOAT32_TERMS = 2**24 // LARGEST_TERM
 
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SUM_TYPES = {torch.float32: 0, torch.int32: 1, torch.bfloat16: 2}
 
 
@@ -81,7 +83,7 @@ def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
         native: use the int8 units.
 
     Returns:
-        (M, N): int32, float32 holding integers, or bfloat16. Possibly a buffer that the next call overwrites.
+        (M, N): int32, float32 or float64 holding integers, or bfloat16. Possibly a buffer that the next call overwrites.
     """
     if a.shape[1] == 0 or a.numel() == 0 or b.numel() == 0:
         return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
@@ -91,9 +93,9 @@ def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
         return _int_mm(a, b)
     if a.shape[1] <= _FLOAT32_TERMS:
         return torch.mm(_widened("left", a), _widened("right", b))
-    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64, device=a.device)
     for left, right in zip(a.split(_FLOAT32_TERMS, 1), b.split(_FLOAT32_TERMS, 0), strict=True):
-        total += torch.mm(left.to(torch.float32), right.to(torch.float32)).to(torch.int32)
+        total += torch.mm(left.to(torch.float32), right.to(torch.float32))
     return total
 
 
@@ -110,20 +112,21 @@ def rescale(
     """``acc * (a * b * factor) + bias`` in one pass.
 
     Args:
-        acc: (M, N) int32 or float32 sums.
-        a: 0-d float32 scale of the left codes.
-        b: 0-d float32 scale of the right codes.
+        acc: (M, N) int32, float32, float64 or bfloat16 sums.
+        a: float32 scale of the left codes, 0-d or (M, 1).
+        b: float32 scale of the right codes, 0-d or (1, N).
         factor: constant, 1/N of SMP-N for instance.
         bias: (N,) or ``None``.
         dtype: of the result; float32 and bfloat16 have a kernel.
         out: contiguous (M, N) tensor of ``dtype`` to write to.
     """
-    kernels = library() if acc.device.type == "cpu" and dtype in TYPES else None
+    one_scale = a.dim() == b.dim() == 0
+    kernels = library() if acc.device.type == "cpu" and dtype in TYPES and one_scale else None
     if kernels is None:
-        result = acc.to(torch.float32) * (a * b * factor)
+        result = acc.to(torch.float32) * (a * b * factor) if one_scale else acc.to(torch.float32) * (a * factor) * b
         result = result if bias is None else result + bias.to(torch.float32)
         return result.to(dtype) if out is None else out.copy_(result)
-    acc = acc.contiguous()
+    acc = (acc.to(torch.float32) if acc.dtype == torch.float64 else acc).contiguous()
     rows, columns = acc.shape
     out = torch.empty(rows, columns, dtype=dtype) if out is None else out
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
@@ -155,6 +158,8 @@ def scaled_product(
 ) -> Tensor:
     """``(a.codes @ b.codes) * (a.scale * b.scale * factor) + bias``, codes (M, K) and (K, N), result (M, N)."""
     terms = a.codes.shape[1]
+    if native and a.codes.dtype in FP8 and a.codes.numel() and b.codes.numel():
+        return fp8_product(a, b, factor=factor, bias=bias, dtype=dtype)
     if terms <= _INT32_TERMS:
         acc = code_product(a.codes, b.codes, native=native)
         return rescale(acc, a.scale, b.scale, factor=factor, bias=bias, dtype=dtype)

@@ -6,7 +6,6 @@ A mixin without Lightning: the public classes join it to the ``Precision`` class
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Generator
 from typing import Any, ClassVar, Literal
@@ -20,6 +19,7 @@ from lightning_eff.integration.precision import check_strategy
 from lightning_eff.methods import MethodInfo
 from lightning_eff.precision.config import LayerConfig
 from lightning_eff.precision.convert import Conversion, convert
+from lightning_eff.precision.memory import Memory, advance
 from lightning_eff.precision.report import console, conversion_table, readable_bytes
 from lightning_eff.precision.state import LayerState, SeedStream
 
@@ -48,7 +48,7 @@ class QuantizedPrecisionMixin:
         self.metrics: dict[str, float] = {}
         self.weights_only = False
         self._conversions: dict[int, tuple[nn.Module, Conversion]] = {}
-        self._loaded_hindsight: dict[str, list[float]] = {}
+        self._loaded: dict[str, dict[str, Any]] = {}
         self._steps = 0
         self._context = ""
 
@@ -116,6 +116,8 @@ class QuantizedPrecisionMixin:
         if context != self._context:
             self._context = context
             self._invalidate()
+            for memory in self._memories():
+                memory.forget()
 
     def _invalidate(self) -> None:
         for state in self.states().values():
@@ -150,13 +152,23 @@ class QuantizedPrecisionMixin:
         result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
         self._steps += 1
         self._invalidate()
+        advance(self._memories(), self._device())
         self._sample(self._steps)  # the Trainer says which step it is when the next begins
         return result
+
+    def _memories(self) -> list[Memory]:
+        """What all layers remember, in the same order on every rank."""
+        return [memory for state in self.states().values() for memory in state.memories.values()]
+
+    def _device(self) -> torch.device:
+        parameters = (p for module, _ in self._conversions.values() for p in module.parameters())
+        return next((p.device for p in parameters), torch.device("cpu"))
 
     def _sample(self, step: int) -> None:
         """Take the figures in step ``step`` if it is one of every n."""
         every = self.config.measure_every_n_steps
         for state in self.states().values():
+            state.step = step
             state.measure = every > 0 and step > 0 and step % every == 0
 
     def _current_step(self) -> int:
@@ -213,41 +225,36 @@ class QuantizedPrecisionMixin:
     # ------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings: the phase and, for methods that round at random, the stream and the maxima."""
-        used = self.config.remembers  # only then do ranks differ and have to be asked
-        maxima = {name: self._over_ranks(state.hindsight) for name, state in self.states().items()} if used else {}
+        """Plain numbers and strings: the phase, the rounding stream, and what the layers remember."""
         own = {
             "seed": self.seeds.seed,
             "calls": self.seeds.calls,
             "phase": "weights_only" if self.weights_only else "quantized",
-            "hindsight": maxima,
+            "memory": {
+                name: {role: memory.estimate.state_dict() for role, memory in state.memories.items()}
+                for name, state in self.states().items()
+                if state.memories
+            },
         }
         kept = {key: value for key, value in own.items() if key in self.info.state_keys}
         return {**super().state_dict(), **kept}  # type: ignore[misc]
 
-    @staticmethod
-    def _over_ranks(value: Tensor) -> list[float]:
-        if not (dist.is_available() and dist.is_initialized()):
-            return [float(value)]
-        parts: list[float] = [math.nan] * dist.get_world_size()
-        dist.all_gather_object(parts, float(value))  # a number: NCCL would not gather the tensors of the CPU
-        return parts
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the rounding stream, the phase and the maxima."""
+        """Continue the rounding stream, the phase and what the layers remember."""
         state_dict = dict(state_dict)
-        self.weights_only = state_dict.pop("phase") == "weights_only"
-        if "seed" in self.info.state_keys:
-            self.seeds.seed, self.seeds.calls = state_dict.pop("seed"), state_dict.pop("calls")
-            self._loaded_hindsight = state_dict.pop("hindsight")
+        own = {key: state_dict.pop(key) for key in self.info.state_keys if key in state_dict}
+        self.weights_only = own["phase"] == "weights_only"
+        self.seeds.seed, self.seeds.calls = own.get("seed"), own.get("calls", 0)
+        self._loaded = own.get("memory", {})
         self._apply_state()
         super().load_state_dict(state_dict)  # type: ignore[misc]
 
     def _apply_state(self) -> None:
         for name, state in self.states().items():
             state.weights_only = self.weights_only
-            if values := self._loaded_hindsight.get(name):
-                state.hindsight = torch.tensor(values[_rank()] if _rank() < len(values) else max(values))
+            for role, values in self._loaded.get(name, {}).items():
+                if role in state.memories:
+                    state.memories[role].estimate.load_state_dict(values)
 
     def begin_fine_tuning(self) -> None:
         """From now on only the weights are quantised; inputs, gradients and products are in high precision."""

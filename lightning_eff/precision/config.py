@@ -10,11 +10,12 @@ from lightning_eff.errors import ConfigurationError, nearest
 from lightning_eff.functional.luq import GRADIENT_ROUNDINGS, Rounding
 from lightning_eff.functional.sawb import Unsigned
 from lightning_eff.precision.formats import Format
-from lightning_eff.precision.fp8_format import FP8Format
+from lightning_eff.precision.fp8_format import FP8Format, RowwiseFP8Format
 from lightning_eff.precision.luq_format import LUQFormat
 
 Products = Literal["auto", "native", "emulated"]
 OnNonFinite = Literal["raise", "warn"]
+Scaling = Literal["tensorwise", "rowwise", "delayed"]
 
 
 def check_choice(name: str, given: Any, allowed: Sequence[Any]) -> None:
@@ -72,11 +73,6 @@ class LayerConfig:
             )
         object.__setattr__(self, "exempt", tuple(self.exempt))
 
-    @property
-    def remembers(self) -> bool:
-        """Whether layers carry an estimate from step to step that belongs into a checkpoint."""
-        return False
-
     def format(self) -> Format:
         """The format these options ask for."""
         raise TypeError(f"{type(self).__name__} names no format")
@@ -113,11 +109,6 @@ class LUQConfig(LayerConfig):
         if self.products == "native" and self.levels > 7:
             raise ConfigurationError("levels=8 has the code 128, beyond int8: use products='auto' or levels=7.")
 
-    @property
-    def remembers(self) -> bool:
-        """Whether in-hindsight maxima are used."""
-        return self.hindsight is not None
-
     def format(self) -> Format:
         """INT4 and FP4."""
         return LUQFormat(self)
@@ -131,12 +122,20 @@ class FP8Config(LayerConfig):
         ConfigurationError: an option is outside its range.
     """
 
-    power_of_two: bool = False
+    scaling: Scaling = "tensorwise"
+    power_of_two: bool | None = None
+    history: int = 1024
+    margin: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("scaling", self.scaling, get_args(Scaling))
+        check_int("history", self.history, 1)
+        check_int("margin", self.margin, -8, 8)
+        if self.power_of_two is None:
+            object.__setattr__(self, "power_of_two", self.scaling == "rowwise")
         check_bool("power_of_two", self.power_of_two)
 
     def format(self) -> Format:
         """E4M3 and E5M2."""
-        return FP8Format(self)
+        return RowwiseFP8Format(self) if self.scaling == "rowwise" else FP8Format(self)

@@ -9,43 +9,92 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.formats import Codes
+from lightning_eff.precision.memory import Memory
 
 if TYPE_CHECKING:
     from lightning_eff.precision.state import LayerState
 
 
 class SavedInput(NamedTuple):
-    """A layer's input as kept for backward: its codes, packed, and their scale (with what else the format needs)."""
+    """A layer's input as kept for backward: its codes as bytes, and their scales (with what else the format needs)."""
 
     packed: Tensor
     scale: Tensor
 
 
+class WeightCodes(NamedTuple):
+    """Codes of a weight (O, I): for the product over I (output) and the one over O (input gradient), often one."""
+
+    forward: Codes
+    backward: Codes
+
+
+class GradCodes(NamedTuple):
+    """Codes of an output gradient: for the input gradient, and samples whose mean the weight gradient takes."""
+
+    to_input: Codes
+    to_weight: list[Codes]
+
+
 class Format(Protocol):
     """How a method encodes the three roles of a product; see ``precision/luq_format.py`` for one.
 
-    Codes lie in shared buffers: they are good until the next tensor of the same role is encoded.
+    Codes lie in shared buffers: they are good until the next tensor of the same role is encoded. A linear layer's
+    tensors come as matrices, a convolution's as (N, D, H, W, C) and its weight as torch stores it.
     """
 
     nibbles: int
     """Half bytes kept for backward per element of an input."""
-    code_dtype: torch.dtype
-    """Dtype of the codes of a weight."""
+
+    one_code_for_all: bool
+    """Whether layers that read one input give it the same codes, and the ones kept are those of the output."""
 
     def native(self, device: torch.device) -> bool:
         """Whether products of these codes run on units made for them on ``device``."""
 
-    def encode_weight(self, weight: Tensor) -> Codes:
-        """Codes of a weight; a tensor of their own, because they are kept until the weight changes."""
+    def memories(self) -> dict[str, Memory]:
+        """A new layer's memories by role; empty for formats that look at each tensor alone."""
 
-    def encode_input(self, x: Tensor, *, save: bool) -> tuple[Codes, SavedInput | None]:
+    def saved_scales(self, columns: int | None) -> int:
+        """Numbers in ``SavedInput.scale`` for a matrix of so many columns, or for a convolution's input (None)."""
+
+    def encode_weight(self, weight: Tensor, state: LayerState) -> WeightCodes:
+        """Codes of a weight; tensors of their own, because they are kept until the weight changes."""
+
+    def encode_input(self, x: Tensor, state: LayerState, *, save: bool) -> tuple[Codes, SavedInput | None]:
         """Codes of a layer's input, and what backward needs of it if ``save``."""
 
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
-        """The codes of :meth:`encode_input` again."""
+        """The codes the weight gradient needs, from what was kept."""
 
-    def encode_grad(self, grad: Tensor, state: LayerState) -> list[Codes]:
-        """Codes of an output gradient, one or more independent samples."""
+    def encode_grad(self, grad: Tensor, state: LayerState) -> GradCodes:
+        """Codes of an output gradient."""
+
+    def store(self, result: Tensor, role: str, state: LayerState) -> Tensor:
+        """What the method keeps of a product's ``result`` (``"output"``, ``"input_grad"``, ``"weight_grad"``)."""
 
     def grad_figures(self, grad: Tensor, codes: Codes) -> dict[str, Tensor]:
         """Figures of a sampled step, by metric name."""
+
+
+class PlainFormat:
+    """What most formats do: remember nothing, keep one scale for an input, leave results as they are."""
+
+    nibbles = 2
+
+    @property
+    def one_code_for_all(self) -> bool:
+        """True where every tensor is looked at alone."""
+        return not self.memories()
+
+    def memories(self) -> dict[str, Memory]:
+        """None."""
+        return {}
+
+    def saved_scales(self, columns: int | None) -> int:
+        """One."""
+        return 1
+
+    def store(self, result: Tensor, role: str, state: LayerState) -> Tensor:
+        """The result itself."""
+        return result

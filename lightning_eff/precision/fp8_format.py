@@ -1,4 +1,4 @@
-"""FP8 as layers use it: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor."""
+"""FP8 as layers use it: E4M3 inputs and weights, E5M2 gradients; a scale per tensor, or (rowwise) per row."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_eff.functional import saturated_share, zero_share
+from lightning_eff.functional import DelayedScale, fp8_codes, saturated_share, zero_share
 from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.fp8 import E4M3, E5M2, LARGEST
+from lightning_eff.kernels.capability import native_fp8
 from lightning_eff.kernels.fp8 import fp8_decode, fp8_encode
 from lightning_eff.kernels.products import scratch
-from lightning_eff.precision.formats import SavedInput
+from lightning_eff.precision.formats import GradCodes, PlainFormat, SavedInput, WeightCodes
+from lightning_eff.precision.memory import Memory
 
 if TYPE_CHECKING:
     from lightning_eff.precision.config import FP8Config
@@ -26,42 +28,117 @@ def _buffer(name: str, x: Tensor) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class FP8Format:
-    """See :class:`lightning_eff.precision.formats.Format`."""
+class FP8Format(PlainFormat):
+    """One scale per tensor, dynamic or delayed. See :class:`lightning_eff.precision.formats.Format`."""
 
     config: FP8Config
 
-    nibbles = 2
-    code_dtype = torch.bfloat16
-
     def native(self, device: torch.device) -> bool:
-        """Never: FP8 values are multiplied as bfloat16, which holds them exactly."""
-        return False
+        """Whether products run on FP8 units; else FP8 values are multiplied as bfloat16, which holds them exactly."""
+        return self.config.products == "native" or (self.config.products == "auto" and native_fp8(device))
 
-    def _encode(self, name: str, x: Tensor, dtype: torch.dtype, *, keep: bool = False) -> tuple[Codes, Tensor | None]:
-        return fp8_encode(x, dtype, power_of_two=self.config.power_of_two, keep=keep, out=_buffer(name, x))
+    def memories(self) -> dict[str, Memory]:
+        """The histories of delayed scaling."""
+        if self.config.scaling != "delayed":
+            return {}
+        options = {"history": self.config.history, "margin": self.config.margin}
+        roles = {"input": E4M3, "weight": E4M3, "grad": E5M2}
+        return {role: Memory(DelayedScale(dtype, **options)) for role, dtype in roles.items()}
 
-    def encode_weight(self, weight: Tensor) -> Codes:
+    def _encode(
+        self, role: str, x: Tensor, dtype: torch.dtype, state: LayerState, *, keep: bool = False
+    ) -> tuple[Codes, Tensor | None]:
+        """Codes as the products want them; with delayed scaling, the maximum of ``x`` goes to the role's memory."""
+        memory, observed = state.memories.get(role), None
+        if memory is not None:
+            observed = torch.empty((), device=x.device)
+        native = self.native(x.device)
+        codes, kept = fp8_encode(
+            x,
+            dtype,
+            power_of_two=self.config.power_of_two,
+            keep=keep or native,
+            out=None if role == "weight" else _buffer(role, x),
+            max_abs=None if memory is None else memory.estimate.max_abs,
+            observed=observed,
+        )
+        if memory is not None and observed is not None:
+            memory.observe(observed)
+        return (Codes(kept, codes.scale) if native and kept is not None else codes), kept
+
+    def encode_weight(self, weight: Tensor, state: LayerState) -> WeightCodes:
         """E4M3 values."""
-        return fp8_encode(weight, E4M3, power_of_two=self.config.power_of_two)[0]
+        codes = self._encode("weight", weight, E4M3, state)[0]
+        return WeightCodes(codes, codes)
 
-    def encode_input(self, x: Tensor, *, save: bool) -> tuple[Codes, SavedInput | None]:
+    def encode_input(self, x: Tensor, state: LayerState, *, save: bool) -> tuple[Codes, SavedInput | None]:
         """E4M3 values; kept as bytes."""
-        codes, kept = self._encode("input", x, E4M3, keep=save)
-        if kept is None:
+        codes, kept = self._encode("input", x, E4M3, state, keep=save)
+        if kept is None or not save:
             return codes, None
-        return codes, SavedInput(kept.view(torch.uint8).reshape(-1), torch.stack([codes.scale, codes.scale]))
+        return codes, SavedInput(kept.view(torch.uint8).reshape(-1), codes.scale.reshape(1))
 
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
         """The E4M3 values of the bytes."""
-        kept = saved.packed.view(E4M3)
-        return Codes(fp8_decode(kept, out=_buffer("input", kept)).view(tuple(shape)), saved.scale[0])
+        kept = saved.packed.view(E4M3).view(tuple(shape))
+        if self.native(kept.device):
+            return Codes(kept, saved.scale[0])
+        return Codes(fp8_decode(kept, out=_buffer("input", kept)), saved.scale[0])
 
-    def encode_grad(self, grad: Tensor, state: LayerState) -> list[Codes]:
+    def encode_grad(self, grad: Tensor, state: LayerState) -> GradCodes:
         """E5M2 values."""
-        return [self._encode("grad", grad, E5M2)[0]]
+        codes = self._encode("grad", grad, E5M2, state)[0]
+        return GradCodes(codes, [codes])
 
     def grad_figures(self, grad: Tensor, codes: Codes) -> dict[str, Tensor]:
         """Shares of non-zero elements that became zero, and of values at the top."""
-        lost = zero_share(codes.codes) - zero_share(grad)
-        return {"grad_underflow": lost, "grad_saturated": saturated_share(codes.codes, int(LARGEST[E5M2]))}
+        values, top = codes.codes.to(torch.bfloat16), LARGEST[E4M3 if self.config.scaling == "rowwise" else E5M2]
+        lost = zero_share(values) - zero_share(grad)
+        return {"grad_underflow": lost, "grad_saturated": saturated_share(values, int(top))}
+
+
+@dataclass(frozen=True)
+class RowwiseFP8Format(FP8Format):
+    """E4M3 everywhere, in linear layers with a scale for each row that a product sums over; convolutions tensorwise.
+
+    Every tensor is in two products that sum over different dimensions, so each is cast twice.
+    """
+
+    one_code_for_all = False
+
+    def saved_scales(self, columns: int | None) -> int:
+        """One for each input feature, because the weight gradient sums over the rows."""
+        return columns or 1
+
+    def _rows(self, x: Tensor, dim: int) -> Codes:
+        codes = fp8_codes(x, E4M3, power_of_two=self.config.power_of_two, dim=dim)
+        return codes if self.native(x.device) else Codes(fp8_decode(codes.codes), codes.scale)
+
+    def encode_weight(self, weight: Tensor, state: LayerState) -> WeightCodes:
+        """A scale per output for the output, a scale per input for the input gradient."""
+        if weight.dim() != 2:
+            return super().encode_weight(weight, state)
+        return WeightCodes(self._rows(weight, 1), self._rows(weight, 0))
+
+    def encode_input(self, x: Tensor, state: LayerState, *, save: bool) -> tuple[Codes, SavedInput | None]:
+        """A scale per row for the output; kept with a scale per column."""
+        if x.dim() != 2:
+            return super().encode_input(x, state, save=save)
+        if not save:
+            return self._rows(x, 1), None
+        kept = fp8_codes(x, E4M3, power_of_two=self.config.power_of_two, dim=0)
+        return self._rows(x, 1), SavedInput(kept.codes.view(torch.uint8).reshape(-1), kept.scale.reshape(-1))
+
+    def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
+        """The E4M3 values of the bytes."""
+        if len(shape) != 2:
+            return super().restore_input(saved, shape)
+        kept = saved.packed.view(E4M3).view(tuple(shape))
+        return Codes(kept if self.native(kept.device) else fp8_decode(kept), saved.scale.view(1, -1))
+
+    def encode_grad(self, grad: Tensor, state: LayerState) -> GradCodes:
+        """A scale per row for the input gradient, a scale per output for the weight gradient."""
+        if grad.dim() != 2:
+            codes = self._encode("grad", grad, E4M3, state)[0]
+            return GradCodes(codes, [codes])
+        return GradCodes(self._rows(grad, 1), [self._rows(grad, 0)])

@@ -1,11 +1,12 @@
 """The quantised linear map and convolution: one forward and one backward each, for eager mode and for torch.compile.
 
-    y  = Q(x) . Q(w) + b        INT4 x INT4
-    dx = Q(dy) . Q(w)           FP4 x INT4
-    dw = Q(dy)^T . Q(x)         FP4 x INT4, mean over the samples of SMP-N
+                                 luq4            fp8
+    y  = Q(x) . Q(w) + b        INT4 x INT4     E4M3 x E4M3
+    dx = Q(dy) . Q(w)           FP4 x INT4      E5M2 x E4M3
+    dw = Q(dy)^T . Q(x)         FP4 x INT4      E5M2 x E4M3, mean over the samples of a gradient
 
-Kept for backward: the packed INT4 codes of x with their scale. The bias gradient is the exact sum of dy. Gradients pass
-the INT4 quantisers unchanged (straight-through).
+Kept for backward: the packed codes of x with their scale. The bias gradient is the exact sum of dy. Gradients pass the
+quantisers of x and w unchanged (straight-through).
 
 In eager mode an ``autograd.Function`` runs the products. While torch.compile traces, the same code is reached through
 opaque operators of the ``lightning_eff`` namespace, so a compiled submodule has no graph break.
@@ -25,7 +26,8 @@ from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels.convolution import conv_forward, conv_input_grad, conv_weight_grad
 from lightning_eff.kernels.geometry import Geometry, Triple
 from lightning_eff.kernels.products import scaled_product
-from lightning_eff.precision.state import LayerState, SavedInput
+from lightning_eff.precision.formats import SavedInput, WeightCodes
+from lightning_eff.precision.state import LayerState
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -64,43 +66,43 @@ def _to_rows(x: Tensor) -> Tensor:
 
 
 def linear_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, *, save: bool, cached: bool = True
-) -> tuple[Tensor, SavedInput | None, Codes]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, *, save: bool, share: bool = True
+) -> tuple[Tensor, SavedInput | None, WeightCodes]:
     """``x`` (..., I), ``weight`` (O, I) -> output (..., O), what backward needs of x, and the weight's codes."""
     dtype = _result_dtype(x)
     with _no_autocast(x):
-        codes, saved = state.encode_input(x, _to_rows, save=save, cached=cached)
-        matrix = state.encode_weight(weight, cached=cached)
-        transposed = Codes(matrix.codes.t(), matrix.scale)
-        y = scaled_product(codes, transposed, native=state.native(x.device), bias=bias, dtype=dtype)
+        codes, saved = state.encode_input(x, _to_rows, save=save, share=share)
+        matrix = state.encode_weight(weight)
+        y = scaled_product(codes, matrix.forward.t(), native=state.native(x.device), bias=bias, dtype=dtype)
+        y = state.store(y, "output")
     return y.view(*x.shape[:-1], weight.shape[0]), saved, matrix
 
 
 def linear_backward(
     grad: Tensor,
     saved: SavedInput | None,
-    weight: Codes,
+    weight: WeightCodes,
     state: LayerState,
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
 ) -> Grads:
     """Gradients of input, weight and bias; ``None`` where not needed."""
-    outputs, inputs = weight.codes.shape
+    outputs, inputs = weight.backward.codes.shape
     flat = grad.reshape(-1, outputs)
     native = state.native(grad.device)
     dx = dw = None
     if needs[0] or needs[1]:
-        samples = state.encode_grad(flat)
+        codes = state.encode_grad(flat)
     if needs[0]:
-        dx = scaled_product(samples[0], weight, native=native, dtype=x_dtype).view(*grad.shape[:-1], inputs)
+        dx = scaled_product(codes.to_input, weight.backward, native=native, dtype=x_dtype)
+        dx = state.store(dx, "input_grad").view(*grad.shape[:-1], inputs)
     if needs[1] and saved is not None:
         x = state.restore_input(saved, (flat.shape[0], inputs))
+        samples = codes.to_weight
         factor = 1 / len(samples)
-        parts = [
-            scaled_product(Codes(s.codes.t(), s.scale), x, native=native, factor=factor, dtype=w_dtype) for s in samples
-        ]
-        dw = functools.reduce(Tensor.add_, parts)
+        parts = [scaled_product(s.t(), x, native=native, factor=factor, dtype=w_dtype) for s in samples]
+        dw = state.store(functools.reduce(Tensor.add_, parts), "weight_grad")
     db = flat.sum(0, dtype=torch.float32).to(w_dtype) if needs[2] else None
     return dx, dw, db
 
@@ -133,7 +135,13 @@ def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: Laye
     """Quantised ``x @ weight.T + bias``; shapes as :func:`torch.nn.functional.linear`."""
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.lightning_eff.linear(
-            x, weight, bias, state.handle, _result_dtype(x), state.format.nibbles, state.format.code_dtype
+            x,
+            weight,
+            bias,
+            state.handle,
+            _result_dtype(x),
+            state.format.nibbles,
+            state.format.saved_scales(weight.shape[1]),
         )[0]
         return y
     result: Tensor = LinearFunction.apply(x, weight, bias, state, torch.is_grad_enabled())
@@ -160,6 +168,11 @@ def _to_first(x: Tensor, dims: int) -> Tensor:
     return x.reshape(*x.shape[:2], *x.shape[5 - dims :])
 
 
+def encode_kernel(weight: Tensor, state: LayerState) -> Codes:
+    """Codes (O, T, C / groups) of a convolution's weight."""
+    return state.encode_weight(weight, arrange=_taps_before_channels).forward
+
+
 def conv_forward_last(
     x: Tensor,
     weight: Tensor,
@@ -168,14 +181,15 @@ def conv_forward_last(
     geometry: Geometry,
     *,
     save: bool,
-    cached: bool = True,
+    share: bool = True,
 ) -> tuple[Tensor, SavedInput | None, Codes]:
     """``x`` (N, C, *space), ``weight`` (O, C / groups, *kernel) -> output, what backward needs, weight codes."""
     dtype = _result_dtype(x)
     with _no_autocast(x):
-        codes, saved = state.encode_input(x, _to_last, save=save, cached=cached)
-        kernel = state.encode_weight(weight, cached=cached, arrange=_taps_before_channels)
+        codes, saved = state.encode_input(x, _to_last, save=save, share=share)
+        kernel = encode_kernel(weight, state)
         y = conv_forward(codes, kernel, geometry, native=state.native(x.device), bias=bias, dtype=dtype)
+        y = state.store(y, "output")
     return _to_first(y, x.dim() - 2), saved, kernel
 
 
@@ -196,17 +210,17 @@ def conv_backward_last(
     space: Triple = (*(1,) * (5 - len(x_shape)), *x_shape[2:])  # type: ignore[assignment]
     dx = dw = None
     if needs[0] or needs[1]:
-        samples = state.encode_grad(last)
+        codes = state.encode_grad(last)
     if needs[0]:
-        dx = _to_first(
-            conv_input_grad(samples[0], kernel, geometry, space, native=native, dtype=x_dtype), len(x_shape) - 2
-        )
+        dx = conv_input_grad(codes.to_input, kernel, geometry, space, native=native, dtype=x_dtype)
+        dx = _to_first(state.store(dx, "input_grad"), len(x_shape) - 2)
     if needs[1] and saved is not None:
         x = state.restore_input(saved, (x_shape[0], *space, x_shape[1]))
+        samples = codes.to_weight
         parts = [
             conv_weight_grad(s, x, geometry, native=native, factor=1 / len(samples), dtype=w_dtype) for s in samples
         ]
-        dw = functools.reduce(Tensor.add_, parts).transpose(1, 2).reshape(weight_shape)
+        dw = state.store(functools.reduce(Tensor.add_, parts), "weight_grad").transpose(1, 2).reshape(weight_shape)
     db = last.flatten(0, 3).sum(0, dtype=torch.float32).to(w_dtype) if needs[2] else None
     return dx, dw, db
 
@@ -245,7 +259,14 @@ def quantized_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerS
     if torch.compiler.is_compiling():
         numbers = [*geometry.kernel, *geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
         y: Tensor = torch.ops.lightning_eff.conv(
-            x, weight, bias, state.handle, numbers, _result_dtype(x), state.format.nibbles, state.format.code_dtype
+            x,
+            weight,
+            bias,
+            state.handle,
+            numbers,
+            _result_dtype(x),
+            state.format.nibbles,
+            state.format.saved_scales(None),
         )[0]
         return y
     result: Tensor = ConvFunction.apply(x, weight, bias, state, geometry, torch.is_grad_enabled())

@@ -26,7 +26,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, weight: Tensor, state: LayerState) -> Tensor:
-        return state.encode_weight(weight).dequantize(weight.dtype)
+        return state.encode_weight(weight).forward.dequantize(weight.dtype)
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:

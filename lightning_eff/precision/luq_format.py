@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_eff.functional import hindsight_max, saturated_share, zero_share
+from lightning_eff.functional import HindsightMax, saturated_share, zero_share
 from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels.capability import native_int8
 from lightning_eff.kernels.products import scratch
 from lightning_eff.kernels.quantize import largest_magnitude, luq_codes, sawb_encode, unpack_int4
-from lightning_eff.precision.formats import SavedInput
+from lightning_eff.precision.formats import GradCodes, PlainFormat, SavedInput, WeightCodes
+from lightning_eff.precision.memory import Memory
 
 if TYPE_CHECKING:
     from lightning_eff.precision.config import LUQConfig
@@ -27,13 +28,13 @@ def _buffer(name: str, numel: int, device: torch.device) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class LUQFormat:
+class LUQFormat(PlainFormat):
     """See :class:`lightning_eff.precision.formats.Format`."""
 
     config: LUQConfig
 
     nibbles = 1
-    code_dtype = torch.int8
+    one_code_for_all = True
 
     def native(self, device: torch.device) -> bool:
         """Whether products run on int8 units."""
@@ -41,11 +42,21 @@ class LUQFormat:
             return False
         return self.config.products == "native" or native_int8(device)
 
-    def encode_weight(self, weight: Tensor) -> Codes:
-        """INT4 codes."""
-        return sawb_encode(weight)[0]
+    def memories(self) -> dict[str, Memory]:
+        """The in-hindsight maximum of the gradient, if it is used."""
+        momentum = self.config.hindsight
+        return {} if momentum is None else {"grad": Memory(HindsightMax(momentum))}
 
-    def encode_input(self, x: Tensor, *, save: bool) -> tuple[Codes, SavedInput | None]:
+    def saved_scales(self, columns: int | None) -> int:
+        """The scale, and whether the codes are unsigned."""
+        return 2
+
+    def encode_weight(self, weight: Tensor, state: LayerState) -> WeightCodes:
+        """INT4 codes."""
+        codes = sawb_encode(weight)[0]
+        return WeightCodes(codes, codes)
+
+    def encode_input(self, x: Tensor, state: LayerState, *, save: bool) -> tuple[Codes, SavedInput | None]:
         """INT4 codes; kept two to a byte, with (scale, 1 if unsigned)."""
         buffer = _buffer("input", x.numel(), x.device)
         codes, packed, is_unsigned = sawb_encode(x, unsigned=self.config.unsigned, pack=save, out=buffer)
@@ -61,10 +72,11 @@ class LUQFormat:
         codes = unpack_int4(saved.packed, numel, unsigned=bool(saved.scale[1]), out=buffer)
         return Codes(codes.view(tuple(shape)), saved.scale[0])
 
-    def encode_grad(self, grad: Tensor, state: LayerState) -> list[Codes]:
-        """FP4 codes, ``config.samples`` times; with ``config.hindsight`` the maximum is the estimate in ``state``."""
-        estimated = self.config.hindsight is not None and not bool(state.hindsight.isnan())
-        largest = state.hindsight if estimated else largest_magnitude(grad)
+    def encode_grad(self, grad: Tensor, state: LayerState) -> GradCodes:
+        """FP4 codes, ``config.samples`` times; with ``config.hindsight`` the maximum is the estimate of steps before."""
+        memory = state.memories.get("grad")
+        estimated = memory is not None and not math.isnan(memory.estimate.value)
+        largest = memory.estimate.value if memory is not None and estimated else largest_magnitude(grad)
         observed = torch.empty((), device=grad.device) if estimated else largest
         samples = [
             luq_codes(
@@ -79,13 +91,11 @@ class LUQFormat:
             )
             for i in range(self.config.samples)
         ]
-        finite = bool(observed.isfinite()) if self.config.hindsight is not None else True
-        if estimated and not finite:  # NaN must not pass as the top code
-            samples = [Codes(codes.codes, torch.full_like(codes.scale, torch.nan)) for codes in samples]
-        if self.config.hindsight is not None and finite:  # a broken step must not poison the estimate for good
-            previous = state.hindsight.to(observed.device)
-            state.hindsight = hindsight_max(previous, observed, momentum=self.config.hindsight)
-        return samples
+        if memory is not None:
+            memory.observe(observed)
+            if estimated:  # NaN must not pass as the top code
+                samples = [Codes(s.codes, torch.where(observed.isfinite(), s.scale, torch.nan)) for s in samples]
+        return GradCodes(samples[0], samples)
 
     def grad_figures(self, grad: Tensor, codes: Codes) -> dict[str, Tensor]:
         """Shares of zero and of saturated codes."""

@@ -1,7 +1,7 @@
 """Opaque operators for torch.compile: ``lightning_eff::linear``, ``conv`` and their backwards.
 
-A compiled graph carries tensors alone, so a layer's state travels as a 0-d handle tensor. Weights are quantised in
-every call here: an operator must not hand out a cached tensor that the compiler believes it owns.
+A compiled graph carries tensors alone, so a layer's state travels as a 0-d handle tensor. The weight's codes stay in
+that state: an operator must not hand out a cached tensor that the compiler believes it owns.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels.geometry import Geometry, shared_geometry
 from lightning_eff.precision import functions
-from lightning_eff.precision.state import SavedInput, state_of
+from lightning_eff.precision.formats import SavedInput
+from lightning_eff.precision.state import state_of
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 def _geometry(numbers: Sequence[int]) -> Geometry:
@@ -25,16 +25,15 @@ def _geometry(numbers: Sequence[int]) -> Geometry:
     return shared_geometry(kernel, stride, padding, dilation, numbers[12])  # type: ignore[arg-type]
 
 
-def _outputs(y: Tensor, saved: SavedInput | None, weight: Codes, dtype: torch.dtype) -> Outputs:
+def _outputs(y: Tensor, saved: SavedInput | None, dtype: torch.dtype) -> Outputs:
     if saved is None:  # pragma: no cover - save=True always returns the codes
         raise RuntimeError("internal error: the input was not saved")
-    return y.to(dtype), saved.packed, saved.scale, weight.codes.clone(), weight.scale.clone()
+    return y.to(dtype), saved.packed, saved.scale
 
 
-def _fake_outputs(y: Tensor, x: Tensor, weight_shape: Sequence[int], nibbles: int, code_dtype: torch.dtype) -> Outputs:
+def _fake_outputs(y: Tensor, x: Tensor, nibbles: int, scales: int) -> Outputs:
     packed = x.new_empty(((x.numel() * nibbles + 1) // 2,), dtype=torch.uint8)
-    scale = x.new_empty((2,), dtype=torch.float32)
-    return y, packed, scale, x.new_empty(weight_shape, dtype=code_dtype), x.new_empty((), dtype=torch.float32)
+    return y, packed, x.new_empty((scales,), dtype=torch.float32)
 
 
 @torch.library.custom_op("lightning_eff::linear", mutates_args=())
@@ -45,11 +44,11 @@ def linear(
     handle: Tensor,
     dtype: torch.dtype,
     nibbles: int,
-    code_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Quantised linear map: output, packed input, (scale, unsigned), weight codes, weight scale."""
-    y, saved, codes = functions.linear_forward(x, weight, bias, state_of(handle), save=True, cached=False)
-    return _outputs(y, saved, codes, dtype)
+    scales: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantised linear map: output, packed input and its scales."""
+    y, saved, _ = functions.linear_forward(x, weight, bias, state_of(handle), save=True, share=False)
+    return _outputs(y, saved, dtype)
 
 
 @linear.register_fake
@@ -60,10 +59,10 @@ def _(
     handle: Tensor,
     dtype: torch.dtype,
     nibbles: int,
-    code_dtype: torch.dtype,
+    scales: int,
 ) -> Outputs:
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
-    return _fake_outputs(y, x, weight.shape, nibbles, code_dtype)
+    return _fake_outputs(y, x, nibbles, scales)
 
 
 @torch.library.custom_op("lightning_eff::linear_backward", mutates_args=())
@@ -71,16 +70,15 @@ def linear_backward(
     grad: Tensor,
     packed: Tensor,
     scale: Tensor,
-    codes: Tensor,
-    code_scale: Tensor,
+    weight: Tensor,
     handle: Tensor,
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias."""
-    saved, weight = SavedInput(packed, scale), Codes(codes, code_scale)
-    needs = (True, True, True)
-    return _all(functions.linear_backward(grad, saved, weight, state_of(handle), x_dtype, w_dtype, needs))
+    saved, state, needs = SavedInput(packed, scale), state_of(handle), (True, True, True)
+    codes = state.encode_weight(weight)
+    return _all(functions.linear_backward(grad, saved, codes, state, x_dtype, w_dtype, needs))
 
 
 @linear_backward.register_fake
@@ -88,20 +86,19 @@ def _(
     grad: Tensor,
     packed: Tensor,
     scale: Tensor,
-    codes: Tensor,
-    code_scale: Tensor,
+    weight: Tensor,
     handle: Tensor,
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs, inputs = codes.shape
+    outputs, inputs = weight.shape
     dx = grad.new_empty((*grad.shape[:-1], inputs), dtype=x_dtype)
     return dx, grad.new_empty((outputs, inputs), dtype=w_dtype), grad.new_empty((outputs,), dtype=w_dtype)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     x, weight, bias, handle, *_ = inputs
-    ctx.save_for_backward(*output[1:], handle)
+    ctx.save_for_backward(*output[1:], weight, handle)
     ctx.dtypes, ctx.has_bias = (x.dtype, weight.dtype), bias is not None
 
 
@@ -122,13 +119,13 @@ def conv(
     geometry: Sequence[int],
     dtype: torch.dtype,
     nibbles: int,
-    code_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Quantised convolution: output, packed input, (scale, unsigned), weight codes (O, T, C), weight scale."""
-    y, saved, codes = functions.conv_forward_last(
-        x, weight, bias, state_of(handle), _geometry(geometry), save=True, cached=False
+    scales: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantised convolution: output, packed input and its scale."""
+    y, saved, _ = functions.conv_forward_last(
+        x, weight, bias, state_of(handle), _geometry(geometry), save=True, share=False
     )
-    return _outputs(y, saved, codes, dtype)
+    return _outputs(y, saved, dtype)
 
 
 def _channels_last(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -145,12 +142,12 @@ def _(
     geometry: Sequence[int],
     dtype: torch.dtype,
     nibbles: int,
-    code_dtype: torch.dtype,
+    scales: int,
 ) -> Outputs:
     dims = x.dim() - 2
     size = _geometry(geometry).out_size((*(1,) * (3 - dims), *x.shape[2:]))[3 - dims :]
     y = _channels_last(x, (x.shape[0], weight.shape[0], *size), dtype)
-    return _fake_outputs(y, x, (weight.shape[0], weight[0, 0].numel(), weight.shape[1]), nibbles, code_dtype)
+    return _fake_outputs(y, x, nibbles, scales)
 
 
 @torch.library.custom_op("lightning_eff::conv_backward", mutates_args=())
@@ -158,21 +155,18 @@ def conv_backward(
     grad: Tensor,
     packed: Tensor,
     scale: Tensor,
-    codes: Tensor,
-    code_scale: Tensor,
+    weight: Tensor,
     handle: Tensor,
     geometry: Sequence[int],
     x_shape: Sequence[int],
-    weight_shape: Sequence[int],
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias."""
-    saved, weight = SavedInput(packed, scale), Codes(codes, code_scale)
-    shapes = (torch.Size(x_shape), torch.Size(weight_shape))
-    state, needs = state_of(handle), (True, True, True)
+    saved, state, needs = SavedInput(packed, scale), state_of(handle), (True, True, True)
+    kernel, shapes = functions.encode_kernel(weight, state), (torch.Size(x_shape), weight.shape)
     dx, dw, db = _all(
-        functions.conv_backward_last(grad, saved, weight, state, _geometry(geometry), *shapes, x_dtype, w_dtype, needs)
+        functions.conv_backward_last(grad, saved, kernel, state, _geometry(geometry), *shapes, x_dtype, w_dtype, needs)
     )
     return dx, dw.contiguous(), db
 
@@ -182,17 +176,15 @@ def _(
     grad: Tensor,
     packed: Tensor,
     scale: Tensor,
-    codes: Tensor,
-    code_scale: Tensor,
+    weight: Tensor,
     handle: Tensor,
     geometry: Sequence[int],
     x_shape: Sequence[int],
-    weight_shape: Sequence[int],
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dw = grad.new_empty(weight_shape, dtype=w_dtype)
-    return _channels_last(grad, x_shape, x_dtype), dw, grad.new_empty((weight_shape[0],), dtype=w_dtype)
+    dw = grad.new_empty(weight.shape, dtype=w_dtype)
+    return _channels_last(grad, x_shape, x_dtype), dw, grad.new_empty((weight.shape[0],), dtype=w_dtype)
 
 
 def _all(grads: functions.Grads) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,8 +196,8 @@ def _all(grads: functions.Grads) -> tuple[Tensor, Tensor, Tensor]:
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     x, weight, bias, handle, geometry, *_ = inputs
-    ctx.save_for_backward(*output[1:], handle)
-    ctx.rest = (geometry, x.shape, weight.shape, x.dtype, weight.dtype)
+    ctx.save_for_backward(*output[1:], weight, handle)
+    ctx.rest = (geometry, x.shape, x.dtype, weight.dtype)
     ctx.has_bias = bias is not None
 
 

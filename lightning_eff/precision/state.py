@@ -14,7 +14,7 @@ from lightning_eff.functional import sqnr_db
 from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.random import rank_seed
 from lightning_eff.kernels.quantize import fingerprint
-from lightning_eff.precision.formats import SavedInput
+from lightning_eff.precision.formats import GradCodes, SavedInput, WeightCodes
 
 if TYPE_CHECKING:
     from lightning_eff.precision.config import LayerConfig
@@ -108,8 +108,9 @@ class LayerState:
         self.metrics: dict[str, Tensor] = {}
         self.saved_bytes = self.saved_bytes_fp32 = 0
         self._counted = False
-        self.hindsight = torch.full((), torch.nan)
-        self._cache: dict[tuple[Any, ...], Codes] = {}
+        self.step = 0
+        self.memories = self.format.memories()
+        self._cache: dict[tuple[Any, ...], WeightCodes] = {}
         self._register()
 
     def _register(self) -> None:
@@ -132,35 +133,37 @@ class LayerState:
         self._cache.clear()
         self.recent.clear()
 
-    def encode_weight(self, weight: Tensor, *, cached: bool = True, arrange: Arrange | None = None) -> Codes:
+    def encode_weight(self, weight: Tensor, *, arrange: Arrange | None = None) -> WeightCodes:
         """Codes of ``weight``, rearranged by ``arrange``, made once per optimizer step.
 
         The key holds the version counter and a sampled fingerprint: writes through ``.data`` do not move the former.
         """
         key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, fingerprint(weight))
-        if not cached or (codes := self._cache.get(key)) is None:
-            codes = self.format.encode_weight(weight.detach())
+        if (codes := self._cache.get(key)) is None:
+            codes = self.format.encode_weight(weight.detach(), self)
             if self.measure:
-                self.metrics["weight_sqnr_db"] = sqnr_db(weight, codes.dequantize())
-            codes = codes if arrange is None else Codes(arrange(codes.codes).contiguous(), codes.scale)
-            if cached:
-                full = len(self._cache) >= 4  # query, key, value and output projections of one attention
-                self._cache = {key: codes} if full else {**self._cache, key: codes}
+                self.metrics["weight_sqnr_db"] = sqnr_db(weight, codes.forward.dequantize())
+            if arrange is not None:
+                once = Codes(arrange(codes.forward.codes).contiguous(), codes.forward.scale)
+                codes = WeightCodes(once, once)
+            full = len(self._cache) >= 4  # query, key, value and output projections of one attention
+            self._cache = {key: codes} if full else {**self._cache, key: codes}
         return codes
 
     def encode_input(
-        self, x: Tensor, arrange: Arrange, *, save: bool, cached: bool = True
+        self, x: Tensor, arrange: Arrange, *, save: bool, share: bool = True
     ) -> tuple[Codes, SavedInput | None]:
         """Codes of ``arrange(x)`` (in a shared buffer), and what to keep for backward if ``save``."""
-        if save and cached and (kept := self.recent.find(x, arrange)):
+        share = share and self.format.one_code_for_all
+        if save and share and (kept := self.recent.find(x, arrange)):
             return self.restore_input(*kept), kept[0]
         values = arrange(x)
-        codes, saved = self.format.encode_input(values, save=save)
+        codes, saved = self.format.encode_input(values, self, save=save)
         if self.measure:
             self.metrics["input_sqnr_db"] = sqnr_db(values, codes.dequantize())
         if saved is not None:
             self._count(saved.packed.nbytes + saved.scale.nbytes, x.numel() * 4)
-            if cached:
+            if share:
                 self.recent.put(x, arrange, saved, values.shape)
         return codes, saved
 
@@ -176,10 +179,14 @@ class LayerState:
         """Undo the packing of :meth:`encode_input`; the codes lie in a shared buffer."""
         return self.format.restore_input(saved, shape)
 
-    def encode_grad(self, grad: Tensor) -> list[Codes]:
-        """Codes of an output gradient: independent samples whose mean the weight gradient takes."""
+    def encode_grad(self, grad: Tensor) -> GradCodes:
+        """Codes of an output gradient."""
         self._counted = True
-        samples = self.format.encode_grad(grad, self)
+        codes = self.format.encode_grad(grad, self)
         if self.measure:
-            self.metrics |= self.format.grad_figures(grad, samples[0])
-        return samples
+            self.metrics |= self.format.grad_figures(grad, codes.to_input)
+        return codes
+
+    def store(self, result: Tensor, role: str) -> Tensor:
+        """What the method keeps of a product's result."""
+        return self.format.store(result, role, self)

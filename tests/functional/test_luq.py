@@ -12,8 +12,8 @@ from hypothesis import given
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional import (
     GRADIENT_ROUNDINGS,
+    HindsightMax,
     fnt_learning_rate,
-    hindsight_max,
     luq_codes,
     luq_quantize,
     luq_scale,
@@ -181,11 +181,15 @@ def test_rounding_and_samples_are_checked() -> None:
 
 
 def test_hindsight_recursion() -> None:
-    estimate, expected = torch.tensor(math.nan), math.nan
-    for observed in (4.0, 2.0, 8.0, 1.0):
-        estimate = hindsight_max(estimate, torch.tensor(observed), momentum=0.25)
-        expected = observed if math.isnan(expected) else 0.75 * observed + 0.25 * expected
-        assert estimate.item() == expected
+    estimate, expected = HindsightMax(momentum=0.25), math.nan
+    for observed in (4.0, 2.0, math.inf, 8.0, math.nan, 1.0):
+        estimate.update(observed)
+        if math.isfinite(observed):
+            expected = observed if math.isnan(expected) else 0.75 * observed + 0.25 * expected
+        assert estimate.value == expected
+    other = HindsightMax(momentum=0.25)
+    other.load_state_dict(estimate.state_dict())
+    assert other.value == expected
 
 
 def test_fine_tuning_learning_rate_is_the_triangle() -> None:

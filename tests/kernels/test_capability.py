@@ -25,14 +25,14 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize(("forced", "native"), [("0", False), ("1", True)])
 def test_environment_overrides_the_measurement(monkeypatch: pytest.MonkeyPatch, forced: str, native: bool) -> None:
     monkeypatch.setenv("LIGHTNING_EFF_INT8", forced)
-    monkeypatch.setattr(capability, "measure", lambda _: pytest.fail("measured although the answer was given"))
+    monkeypatch.setitem(capability._MEASURES, "int8", lambda _: pytest.fail("measured although the answer was given"))
     assert capability.native_int8("cpu") is native
 
 
 def test_measurement_is_made_once_and_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
-    answer = {"native": True, "exact": True, "native_s": 1.0, "float32_s": 2.0}
-    monkeypatch.setattr(capability, "measure", lambda device: (calls.append(device), answer)[1])
+    answer = {"native": True, "exact": True, "native_s": 1.0, "plain_s": 2.0}
+    monkeypatch.setitem(capability._MEASURES, "int8", lambda device: (calls.append(device), answer)[1])
     assert capability.native_int8("cpu") is True
     capability._native.cache_clear()  # another process
     assert capability.native_int8("cpu") is True
@@ -50,15 +50,15 @@ def test_other_devices_are_not_native() -> None:
 
 
 def test_measured_figures() -> None:
-    found = capability.measure(torch.device("cpu"))
+    found = capability.measure_int8(torch.device("cpu"))
     assert found["native_s"] > 0
-    assert found["float32_s"] > 0
-    assert found["native"] == (found["exact"] and found["native_s"] < found["float32_s"])
+    assert found["plain_s"] > 0
+    assert found["native"] == (found["exact"] and found["native_s"] < found["plain_s"])
 
 
 def test_wrong_sums_are_never_native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capability, "code_product", lambda a, b, native: (a.int() @ b.int()) + 1)
-    found = capability.measure(torch.device("cpu"))
+    found = capability.measure_int8(torch.device("cpu"))
     assert found["exact"] is False
     assert found["native"] is False
 
@@ -68,7 +68,7 @@ def test_a_machine_without_int8_products(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("not implemented for this device")
 
     monkeypatch.setattr(capability, "code_product", refuse)
-    assert capability.measure(torch.device("cpu"))["native"] is False
+    assert capability.measure_int8(torch.device("cpu"))["native"] is False
     text = capability.describe()  # also then
     assert text["int8 products"] == "emulated in float32"
 

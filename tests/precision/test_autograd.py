@@ -271,6 +271,6 @@ def test_the_operators_pass_torchs_own_checks() -> None:
     ):
         state = conversion.states["0" if layer is linear else "1"]
         tensors = (torch.randn(shape), layer.weight.detach(), layer.bias.detach(), state.handle)
-        last = (torch.float32, state.format.nibbles, state.format.code_dtype)
+        last = (torch.float32, state.format.nibbles, state.format.saved_scales(None))
         operator = getattr(torch.ops.lightning_eff, name).default
         torch.library.opcheck(operator, (*tensors, *geometry, *last), test_utils=("test_schema", "test_faketensor"))

@@ -106,14 +106,14 @@ def test_options_resume_as_well(tmp_path: Path, options: dict[str, Any], precisi
     assert torch.equal(parameters_of(continued), parameters_of(whole))
 
 
-@pytest.mark.parametrize(("key", "broken"), [("calls", 0), ("seed", 1), ("hindsight", {}), ("phase", "weights_only")])
+@pytest.mark.parametrize(("key", "broken"), [("calls", 0), ("seed", 1), ("memory", {}), ("phase", "weights_only")])
 def test_each_key_of_the_state_is_needed(tmp_path: Path, key: str, broken: Any) -> None:
     """Negative control: with one key lost, the comparison above sees a difference."""
     options = {"hindsight": 0.5}
     whole = run(tmp_path, options=options)
     run(tmp_path, cut=8, options=options)
     checkpoint = torch.load(tmp_path / "cut.ckpt", weights_only=True)
-    assert set(checkpoint[KEY]) == {"calls", "seed", "hindsight", "phase"}
+    assert set(checkpoint[KEY]) == {"calls", "seed", "memory", "phase"}
     assert checkpoint[KEY][key] != broken
     checkpoint[KEY][key] = broken
     torch.save(checkpoint, tmp_path / "broken.ckpt")
@@ -127,8 +127,8 @@ def test_the_state_is_plain_numbers(tmp_path: Path) -> None:
     assert state["seed"] == 3
     assert state["calls"] == 2 * 5
     assert state["phase"] == "quantized"
-    assert set(state["hindsight"]) == {"net.2", "net.4"}
-    assert all(len(values) == 1 and values[0] > 0 for values in state["hindsight"].values())
+    assert set(state["memory"]) == {"net.2", "net.4"}
+    assert all(roles["grad"]["value"] > 0 for roles in state["memory"].values())
 
 
 @pytest.mark.parametrize("root", NAMESPACES)

@@ -32,15 +32,18 @@ struct Float8 {
         return b < SMALLEST_NORMAL ? as_int(sub) : normal;
     }
 
+    // Returns the bits of max |x|; as integers NaN is above Inf, and both are above all numbers.
     template <class In>
-    static void encode(const In* x, int64_t n, float inverse, float largest, uint8_t* codes, uint16_t* values, int threads) {
+    static int32_t encode(const In* x, int64_t n, float inverse, float largest, uint8_t* codes, uint16_t* values, int threads) {
         const float m = magic(), steps = std::ldexp(1.0f, BIAS + MANTISSA - 1);
-        #pragma omp parallel for num_threads(threads) if (n >= PARALLEL)
+        int32_t seen = 0;
+        #pragma omp parallel for num_threads(threads) reduction(max:seen) if (n >= PARALLEL)
         for (int64_t b = 0; b < (n + BLOCK - 1) / BLOCK; ++b) {
             const int64_t begin = b * BLOCK, count = std::min(BLOCK, n - begin);
             int32_t bits[BLOCK];
             for (int64_t j = 0; j < count; ++j) {
-                const float y = load(x, begin + j) * inverse;
+                const float value = load(x, begin + j), y = value * inverse;
+                seen = std::max(seen, as_int(value) & 0x7FFFFFFF);
                 const int32_t sign = as_int(y) & static_cast<int32_t>(0x80000000);
                 bits[j] = round_bits(std::min(std::fabs(y), largest), m) | sign;
             }
@@ -51,6 +54,7 @@ struct Float8 {
                 codes[begin + j] = static_cast<uint8_t>((magnitude < SMALLEST_NORMAL ? sub : normal) | ((bits[j] >> 24) & 0x80));
             }
         }
+        return seen;
     }
 
     static void decode(const uint8_t* codes, int64_t n, uint16_t* values, int threads) {
@@ -72,9 +76,9 @@ using E4M3 = Float8<3, 7>;
 using E5M2 = Float8<2, 15>;
 
 template <class Format>
-void encode_any(const void* x, int type, int64_t n, float inverse, float largest, uint8_t* codes, uint16_t* values, int threads) {
-    if (type == 0) Format::encode(static_cast<const float*>(x), n, inverse, largest, codes, values, threads);
-    else Format::encode(static_cast<const uint16_t*>(x), n, inverse, largest, codes, values, threads);
+int32_t encode_any(const void* x, int type, int64_t n, float inverse, float largest, uint8_t* codes, uint16_t* values, int threads) {
+    return type == 0 ? Format::encode(static_cast<const float*>(x), n, inverse, largest, codes, values, threads)
+                     : Format::encode(static_cast<const uint16_t*>(x), n, inverse, largest, codes, values, threads);
 }
 
 }  // namespace
@@ -89,14 +93,21 @@ void eff_fp8_scale(const float* max_abs, float largest, int power_of_two, float*
     scale[0] = 1.0f / up; scale[1] = up;
 }
 
-// Codes (may be null) and bfloat16 values (may be null) of cast(clamp(x * scale[1])); all zero when scale[1] is zero.
-void eff_fp8_encode(const void* x, int type, int64_t n, const float* scale, int format, uint8_t* codes, uint16_t* values,
-                    int threads) {
-    if (scale[1] == 0.0f) {
+// Codes (may be null) and bfloat16 values (may be null) of cast(clamp(x * scale[1])). All zero when scale[1] is zero, and
+// when the scale is not from this tensor (*observed receives max |x| then) and the tensor turns out to hold NaN or Inf;
+// scale[0] becomes NaN in that case.
+void eff_fp8_encode(const void* x, int type, int64_t n, float* scale, int format, uint8_t* codes, uint16_t* values,
+                    float* observed, int threads) {
+    int32_t seen = 0;
+    if (scale[1] != 0.0f)
+        seen = format == 0 ? encode_any<E4M3>(x, type, n, scale[1], 448.0f, codes, values, threads)
+                           : encode_any<E5M2>(x, type, n, scale[1], 57344.0f, codes, values, threads);
+    if (observed) *observed = as_float(seen);
+    if (observed && !std::isfinite(*observed)) scale[0] = as_float(0x7FC00000);
+    if (scale[1] == 0.0f || (observed && !std::isfinite(*observed))) {
         if (codes) std::memset(codes, 0, n);
         if (values) std::memset(values, 0, 2 * n);
-    } else if (format == 0) encode_any<E4M3>(x, type, n, scale[1], 448.0f, codes, values, threads);
-    else encode_any<E5M2>(x, type, n, scale[1], 57344.0f, codes, values, threads);
+    }
 }
 
 // bfloat16 values of finite codes.

@@ -1,0 +1,77 @@
+"""What a layer carries from step to step: for each role of a tensor, an estimate made from the steps before.
+
+Methods that predict a scale (delayed FP8, Autoflex, in-hindsight LUQ, fitted formats) all work alike. Within a step
+every tensor is encoded with the estimate of the steps before it, and observed. After the optimizer step the
+observations, the largest over micro-batches and ranks, update the estimate. So accumulation and recomputation change
+nothing, replicas stay equal, and a checkpoint between two steps holds all there is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Estimate(Protocol):
+    """A prediction from the past; plain numbers."""
+
+    def update(self, *observed: float) -> object:
+        """Take in what one optimizer step has shown; not finite where the step was broken."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+
+
+class Memory:
+    """One role's estimate, and what has been observed since the last optimizer step.
+
+    Args:
+        estimate: what is updated.
+        numbers: how many numbers one observation has.
+    """
+
+    def __init__(self, estimate: Any, numbers: int = 1) -> None:
+        self.estimate = estimate
+        self.numbers = numbers
+        self.seen: Tensor | None = None
+
+    def observe(self, values: Tensor) -> None:
+        """Take in an observation, shape () or (numbers,), on any device; nothing is synchronised."""
+        values = values.detach().to(torch.float32, copy=True).reshape(self.numbers)
+        self.seen = values if self.seen is None else torch.maximum(self.seen, values)
+
+    def forget(self) -> None:
+        """Drop what has been observed since the last step."""
+        self.seen = None
+
+
+_NOTHING = -math.inf
+
+
+def advance(memories: Sequence[Memory], device: torch.device) -> None:
+    """Update every estimate with what was observed in the step; one synchronisation, one all-reduce with more ranks.
+
+    Args:
+        memories: in the same order on every rank.
+        device: where the ranks' collective runs.
+    """
+    if not memories:
+        return
+    parts = [torch.full((m.numbers,), _NOTHING) if m.seen is None else m.seen for m in memories]
+    ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    seen = torch.cat([part.to(device) for part in parts])
+    seen = torch.where(seen.isnan(), torch.inf, seen)  # every backend agrees on the largest of these
+    if ranks:
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+    for memory, values in zip(memories, seen.cpu().split([m.numbers for m in memories]), strict=True):
+        memory.forget()
+        if (found := values.tolist())[0] != _NOTHING:
+            memory.estimate.update(*found)
