@@ -19,14 +19,30 @@ if TYPE_CHECKING:
     from lightning_eff.callbacks.low_precision import LowPrecisionMixin
     from lightning_eff.callbacks.luq_fine_tuning import LUQFineTuningMixin
     from lightning_eff.precision.bf16 import BF16Mixin
+    from lightning_eff.precision.bf16_emulated import BF16EmulatedMixin
+    from lightning_eff.precision.dfp16 import DFP16Mixin
+    from lightning_eff.precision.fitted import FittedMixin
+    from lightning_eff.precision.flexpoint import FlexpointMixin
     from lightning_eff.precision.fp8 import FP8Mixin
     from lightning_eff.precision.luq import LUQMixin
+
+    class BF16EmulatedPrecision(BF16EmulatedMixin, Precision):
+        """The bfloat16 study's recipe on any hardware: bfloat16 products, float32 everything else."""
 
     class BF16Precision(BF16Mixin, Precision):
         """Weights in bfloat16, updated in float32 and written back without losing small updates."""
 
+    class DFP16Precision(DFP16Mixin, Precision):
+        """int16 tensors with one exponent each, measured; integer products that cannot overflow."""
+
     class FP8Precision(FP8Mixin, Precision):
-        """8-bit floating point: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor."""
+        """8-bit floating point: E4M3 inputs and weights, E5M2 gradients; scales tensorwise, rowwise or delayed."""
+
+    class FittedPrecision(FittedMixin, Precision):
+        """8- or 6-bit training, gradients in the float format that suits each layer."""
+
+    class FlexpointPrecision(FlexpointMixin, Precision):
+        """int16 tensors with one exponent each, predicted by Autoflex from the steps before."""
 
     class LUQPrecision(LUQMixin, Precision):
         """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
@@ -45,8 +61,12 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "BF16EmulatedPrecision",
     "BF16Precision",
+    "DFP16Precision",
     "FP8Precision",
+    "FittedPrecision",
+    "FlexpointPrecision",
     "GradientPruning",
     "GradientStatistics",
     "LUQFineTuning",

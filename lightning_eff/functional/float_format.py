@@ -132,6 +132,17 @@ class FloatFormat:
         half = self.table[: self.max_code + 1]
         return torch.cat([-half[1:].flip(0), half])
 
+    def scaled(self, octaves: int) -> FloatFormat:
+        """The format whose values are 2^octaves times these, as far as float32 allows; special codes are kept.
+
+        Example:
+            >>> FloatFormat(3, 2).max, FloatFormat(3, 2).scaled(-4).max
+            (28.0, 1.75)
+        """
+        lowest, highest = (1 << self.exponent_bits) - 100, 127 - self.mantissa_bits
+        bias = min(max(int(self.bias or 0) - octaves, lowest), highest)
+        return FloatFormat(self.exponent_bits, self.mantissa_bits, bias, self.special)
+
     def _magnitude(self, code: int) -> float:
         field, mantissa = divmod(code, 1 << self.mantissa_bits)
         hidden = (1 << self.mantissa_bits) if field else 0

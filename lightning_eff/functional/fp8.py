@@ -101,9 +101,7 @@ def largest_along(x: Tensor, dim: int | None = None) -> Tensor:
     return x.abs().amax(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
 
 
-def fp8_quantize(
-    x: Tensor, dtype: torch.dtype = E4M3, *, power_of_two: bool = False, dim: int | None = None
-) -> Tensor:
+def fp8_quantize(x: Tensor, dtype: torch.dtype = E4M3, *, power_of_two: bool = False, dim: int | None = None) -> Tensor:
     """Quantise and dequantise: the values an FP8 product sees, in the dtype of ``x``.
 
     Args:

@@ -24,7 +24,8 @@ Differs: everything is evaluated in log space, so no width of distribution overf
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.float_format import FloatFormat
 from lightning_eff.functional.random import draw_seed, uniform
 
+SHIFT = 3
+"""Octaves between the middle of a fitted format and the mean of log2|g|."""
 _LN2 = math.log(2.0)
 _TOLERANCE = 1e-13
 
@@ -255,3 +258,49 @@ def best_format(bits: int, sigma2: float) -> FloatFormat:
         return FloatFormat(0, bits - 1)
     exponent_bits = min(range(bits), key=lambda e: relative_error(e, bits - 1 - e, sigma2))
     return FloatFormat(exponent_bits, bits - 1 - exponent_bits)
+
+
+class FittedFormat:
+    """The float format of one layer's gradients: split by their spread, placed by their mean.
+
+        split: best_format(bits, sigma2);   scale: 2^-(mu2 + SHIFT), rounded to a power of two
+
+    The scale is the format's bias, so that codes are in the units of the gradient.
+
+    Args:
+        bits: 2..8, with the sign.
+
+    Attributes:
+        format: one for wide gradients until :meth:`update` has seen some.
+        fitted: whether it has.
+
+    Example:
+        >>> fitted = FittedFormat(8)
+        >>> fitted.update(-20.0, 3.0)
+        >>> fitted.format.exponent_bits, fitted.format.min_normal == 2.0 ** (-20 + SHIFT - 6)
+        (4, True)
+
+    References:
+        Chmiel et al. 2021, section 5; SHIFT, room for the tail above the mean, is that of the published code.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.format = best_format(bits, 5.0)
+        self.fitted = False
+
+    def update(self, mean_log2: float, sigma_log2: float) -> None:
+        """Take in the mean and the standard deviation of log2|g|; a broken step changes nothing."""
+        if math.isfinite(mean_log2) and math.isfinite(sigma_log2):
+            self.format = best_format(self.bits, sigma_log2).scaled(round(mean_log2) + SHIFT)
+            self.fitted = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Exponent bits, bias, and whether they come from gradients."""
+        return {"exponent_bits": self.format.exponent_bits, "bias": self.format.bias, "fitted": self.fitted}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        exponent_bits = int(state["exponent_bits"])
+        self.format = FloatFormat(exponent_bits, self.bits - 1 - exponent_bits, bias=int(state["bias"]))
+        self.fitted = bool(state["fitted"])

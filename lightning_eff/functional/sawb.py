@@ -79,7 +79,7 @@ def sawb_scale(x: Tensor, *, bits: int = 4, unsigned: Unsigned = False) -> Tenso
     _, high = _levels(bits, unsigned)
     x = x.detach().reshape(-1).to(torch.float32)
     if x.numel() == 0:
-        return torch.full((), TINY, device=x.device)
+        return torch.full((), TINY, dtype=torch.float32, device=x.device)
     kept = x[x > 0] if unsigned == "mirror5" else x
     largest, count = x.abs().max(), max(kept.numel(), 1)
     rms = (kept.square().sum(dtype=torch.float64) / count).sqrt()

@@ -17,6 +17,6 @@ def zero_share(codes: Tensor) -> Tensor:
     return (codes == 0).to(torch.float32).mean()
 
 
-def saturated_share(codes: Tensor, top: int) -> Tensor:
+def saturated_share(codes: Tensor, top: float) -> Tensor:
     """Share of codes at the largest magnitude ``top``, 0..1, 0-d float32."""
     return (codes.abs() >= top).to(torch.float32).mean()

@@ -32,9 +32,19 @@ _FAMILIES: tuple[tuple[str, str], ...] = (
 
 
 def strategy_family(strategy: object) -> str:
-    """Return the family of a strategy instance (``"ddp"``, ``"fsdp"``, ...), or ``"unknown"``."""
-    ancestors = {ancestor.__name__ for ancestor in type(strategy).__mro__}
-    return next((family for name, family in _FAMILIES if name in ancestors), "unknown")
+    """Return the family of a strategy instance (``"ddp"``, ``"fsdp"``, ...), or ``"unknown"``.
+
+    A ``ModelParallelStrategy`` is ``"fsdp2"`` when it says ``tensor_parallel_size=1`` and ``"model_parallel"`` when it
+    may split layers: its default is one tensor-parallel group per node, which is known only when the run starts.
+    Fabric's ``DeepSpeedStrategy`` is ``"fabric_deepspeed"``.
+    """
+    ancestors = {ancestor.__name__: ancestor for ancestor in type(strategy).__mro__}
+    family = next((family for name, family in _FAMILIES if name in ancestors), "unknown")
+    if family == "model_parallel" and getattr(strategy, "_tensor_parallel_size", None) == 1:
+        return "fsdp2"
+    if family == "deepspeed" and "fabric" in ancestors["DeepSpeedStrategy"].__module__:
+        return "fabric_deepspeed"
+    return family
 
 
 def check_strategy(info: MethodInfo, strategy: object) -> None:
@@ -45,7 +55,8 @@ def check_strategy(info: MethodInfo, strategy: object) -> None:
     """
     family = strategy_family(strategy)
     if family not in info.strategies:
-        reason = info.conflicts.get(family, f"not shown to work; use strategy={info.strategies[-1]!r}")
+        other = "ddp" if "ddp" in info.strategies else info.strategies[-1]
+        reason = info.conflicts.get(family, f"not shown to work; use strategy={other!r}")
         raise UnsupportedCombinationError(
             f"{info.name!r} cannot be combined with {type(strategy).__name__} (family {family!r}): {reason}. "
             f"Allowed strategy families: {', '.join(info.strategies)}. "
@@ -83,9 +94,15 @@ def graft(plugin: Any, method: str, **options: Any) -> Any:
         _check_same(plugin, present, info, options)
         return plugin
     check_base(info, str(plugin.precision))
-    plugin.__class__ = make_class(shell, type(plugin))
+    original = type(plugin)
+    plugin.__class__ = make_class(shell, original)
     plugin.eff_method, plugin.eff_options = info.name, dict(options)
-    plugin._eff_init(**options)
+    try:
+        plugin._eff_init(**options)
+    except ConfigurationError:  # Lightning still tears the plugin down: leave it as it was
+        plugin.__class__ = original
+        del plugin.eff_method, plugin.eff_options
+        raise
     return plugin
 
 

@@ -1,12 +1,16 @@
 """Write-back of updated bfloat16 weights in one pass; the same bits from ``functional`` elsewhere.
 
 Float32 values go in, a bfloat16 weight is overwritten in place (its version counter moves, as after any in-place
-operation). CPU tensors take the compiled path, other devices and builds that of ``functional``.
+operation). CPU tensors take the compiled path, other devices and builds that of ``functional``. For SGD there is also
+the whole step in one pass, :func:`sgd_step`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,24 +43,25 @@ def write_stochastic(weight: Tensor, value: Tensor, seed: int) -> None:
     increment_version(weight)
 
 
-def write_kahan(weight: Tensor, compensation: Tensor, update: Tensor) -> None:
+def write_kahan(weight: Tensor, compensation: Tensor, update: Tensor, *, is_sum: bool = False) -> None:
     """Overwrite ``weight`` and ``compensation`` with what :func:`lightning_eff.functional.bf16.kahan_step` returns.
 
     Args:
         weight: bfloat16.
         compensation: bfloat16, shape of ``weight``.
         update: float32, shape of ``weight``.
+        is_sum: ``update`` is the updated weight instead: ``update - weight`` is what is added.
     """
     weight, update = weight.detach(), update.detach()
     kernels = _library_for(weight, compensation, update)
     if kernels is None:
-        new, rest = functional.kahan_step(weight, compensation, update)
+        new, rest = functional.kahan_step(weight, compensation, update - weight if is_sum else update)
         weight.copy_(new)
         compensation.copy_(rest)
         return
     threads = torch.get_num_threads()
     pointers = (weight.data_ptr(), compensation.data_ptr(), update.data_ptr())
-    kernels.eff_bf16_kahan(*pointers, weight.numel(), threads)
+    kernels.eff_bf16_kahan(*pointers, weight.numel(), is_sum, threads)
     increment_version(weight)
 
 
@@ -89,3 +94,105 @@ def join_fp32(hi: Tensor, lo: Tensor, *, out: Tensor | None = None) -> Tensor:
         return out.copy_(functional.join_fp32(hi, lo))
     kernels.eff_bf16_join(hi.data_ptr(), lo.data_ptr(), hi.numel(), out.data_ptr(), torch.get_num_threads())
     return out
+
+
+@dataclass(frozen=True)
+class SGDRule:
+    """The numbers of a step of ``torch.optim.SGD``, by the names of its parameter groups."""
+
+    lr: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+    def __call__(self, value: Tensor, grad: Tensor, buffer: Tensor | None, *, first: bool) -> None:
+        """Update float32 ``value`` and ``buffer`` in place by the operations that torch's own SGD runs."""
+        grad = -grad if self.maximize else grad
+        grad = grad.add(value, alpha=self.weight_decay) if self.weight_decay else grad
+        if buffer is not None:
+            _ = buffer.copy_(grad) if first else buffer.mul_(self.momentum).add_(grad, alpha=1 - self.dampening)
+            grad = grad.add(buffer, alpha=self.momentum) if self.nesterov else buffer
+        value.add_(grad, alpha=-self.lr)
+
+
+def sgd_step(
+    rule: SGDRule,
+    weight: Tensor,
+    kept: Tensor | None,
+    grad: Tensor,
+    buffer: Tensor | None,
+    *,
+    update: Literal["sr", "kahan", "split"],
+    first: bool = False,
+    seed: int = 0,
+) -> bool:
+    """Widen ``weight``, step as ``torch.optim.SGD`` and write back, all in one pass; return whether it was done.
+
+    The bits are those of the four steps done one by one. They are not done where there is no compiled kernel, where a
+    tensor is not contiguous or not the CPU's, where the momentum is not float32, or where torch's additions turn out to
+    round differently.
+
+    Args:
+        rule: learning rate and the like.
+        weight: bfloat16, overwritten.
+        kept: compensation (``"kahan"``, bfloat16) or lower half (``"split"``, int16), overwritten.
+        grad: bfloat16.
+        buffer: float32 momentum, overwritten; None without momentum.
+        update: how the weight is written back.
+        first: ``buffer`` holds nothing yet.
+        seed: of the stochastic rounding.
+    """
+    weight, grad = weight.detach(), grad.detach()
+    kernels = _library_for(*(x for x in (weight, kept, grad, buffer) if x is not None))
+    fits = buffer is None or (buffer.dtype is torch.float32 and buffer.shape == weight.shape)
+    if kernels is None or not fits or not _rounds_like_torch(kernels):
+        return False
+    _sgd(kernels, rule, weight, kept, grad, buffer, update=update, first=first, seed=seed)
+    increment_version(weight)
+    return True
+
+
+def _sgd(
+    kernels: ctypes.CDLL,
+    rule: SGDRule,
+    weight: Tensor,
+    kept: Tensor | None,
+    grad: Tensor,
+    buffer: Tensor | None,
+    *,
+    update: str,
+    first: bool,
+    seed: int,
+) -> None:
+    kernels.eff_bf16_sgd(
+        weight.data_ptr(),
+        None if kept is None else kept.data_ptr(),
+        grad.data_ptr(),
+        None if buffer is None else buffer.data_ptr(),
+        weight.numel(),
+        ("sr", "kahan", "split").index(update),
+        seed,
+        rule.weight_decay,
+        0.0 if buffer is None else rule.momentum,
+        1 - rule.dampening,
+        -rule.lr,
+        first,
+        rule.nesterov,
+        rule.maximize,
+        torch.get_num_threads(),
+    )
+
+
+@functools.cache
+def _rounds_like_torch(kernels: ctypes.CDLL) -> bool:
+    """Whether the kernel's fused multiply-adds are what torch's ``add`` with ``alpha`` does on this machine."""
+    rule = SGDRule(lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.01, nesterov=True, maximize=True)
+    generator = torch.Generator().manual_seed(0)
+    value, grad, buffer = torch.randn(3, 1003, generator=generator)  # vectors, and a rest
+    weight, half = value.to(torch.bfloat16), grad.to(torch.bfloat16)
+    lo, ours, theirs = torch.zeros(weight.shape, dtype=torch.int16), buffer.clone(), weight.to(torch.float32)
+    _sgd(kernels, rule, weight, lo, half, ours, update="split", first=False, seed=0)
+    rule(theirs, half.to(torch.float32), buffer, first=False)
+    return torch.equal(functional.join_fp32(weight, lo), theirs) and torch.equal(ours, buffer)

@@ -37,17 +37,24 @@ SIGNATURES = {
     "eff_unpack": (_P, _L, _I, _P, _I),
     "eff_fp8_scale": (_P, _F, _I, _P),
     "eff_fp8_encode": (_P, _I, _L, _P, _I, _P, _P, _P, _I),
+    "eff_fp8_encode_lines": (_P, _I, _L, _L, _I, _I, _P, _P, _P, _P, _P, _P, _I),
     "eff_fp8_decode": (_P, _L, _I, _P, _I),
     "eff_relu": (_P, _I, _L, _P, _P, _I),
     "eff_relu_grad": (_P, _I, _P, _L, _P, _I),
     "eff_scale": (_P, _I, _L, _L, _P, _P, _F, _P, _P, _I, _L, _I),
+    "eff_scale_rows": (_P, _I, _L, _L, _P, _P, _F, _P, _P, _I, _I),
     "eff_gather": (_P, _L, _P, _L, _P, _P, _L, _P, _P, _I),
     "eff_bf16_stochastic": (_P, _L, ctypes.c_uint64, _P, _I),
-    "eff_bf16_kahan": (_P, _P, _P, _L, _I),
+    "eff_bf16_kahan": (_P, _P, _P, _L, _I, _I),
     "eff_bf16_split": (_P, _L, _P, _P, _I),
     "eff_bf16_join": (_P, _P, _L, _P, _I),
+    "eff_bf16_sgd": (_P, _P, _P, _P, _L, _I, ctypes.c_uint64, _F, _F, _F, _F, _I, _I, _I, _I),
     "eff_float_format": (_P, _I, _L, _P, _I, ctypes.c_uint64, _P, _I, _P, _I),
     "eff_prune": (_P, _I, _L, _F, ctypes.c_uint64, _P, _P, _I),
+    "eff_integer_encode": (_P, _I, _L, _P, _I, _I, _I, ctypes.c_uint64, _P, _P, _P, _I),
+    "eff_round_to_scale": (_P, _I, _L, _P, _I, _P, _I),
+    "eff_int16_native": (_P,),
+    "eff_int16_product": (_P, _L, _L, _P, _L, _L, _L, _L, _L, _P, _I),
 }
 
 
@@ -109,6 +116,19 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 @functools.cache
+def _build_key(compiler: str | None) -> str:
+    """A name for what is compiled, how, and for which machine."""
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    how = repr((FLAGS, compiler, machine_key(), _openmp_of_torch()))
+    return hashlib.sha256(sources + how.encode()).hexdigest()[:20]
+
+
+def measurement_key() -> str:
+    """A name for what a measurement of the kernels depends on: an upgrade measures anew."""
+    return _build_key(_compiler())
+
+
+@functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or ``None`` (with one :class:`FallbackWarning`) when they cannot be had here.
 
@@ -118,11 +138,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         compiler = _compiler()
-        key = hashlib.sha256(
-            b"".join(source.read_bytes() for source in SOURCES)
-            + repr((FLAGS, compiler, machine_key(), _openmp_of_torch())).encode()
-        )
-        target = cache_directory() / f"kernels-{key.hexdigest()[:20]}.so"
+        target = cache_directory() / f"kernels-{_build_key(compiler)}.so"
         if not target.exists():
             if compiler is None:
                 raise FileNotFoundError("no C++ compiler found (looked for $CXX, g++, clang++, c++)")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.fp8 import E4M3
-from lightning_eff.kernels.build import cache_directory, library, machine_key
+from lightning_eff.kernels.build import cache_directory, library, measurement_key
 from lightning_eff.kernels.fp8 import fp8_product
 from lightning_eff.kernels.products import code_product
 
@@ -67,18 +67,29 @@ def measure_int8(device: torch.device) -> Measured:
 def measure_fp8(device: torch.device) -> Measured:
     """The FP8 product against the one in bfloat16; see :func:`measure_int8`."""
     a, b, product = _small_integers(torch.float32, 8, device)
-    one, wide = torch.ones((), device=device), (a.to(torch.bfloat16), b.to(torch.bfloat16))
+    one, wide = torch.ones((), dtype=torch.float32, device=device), (a.to(torch.bfloat16), b.to(torch.bfloat16))
     left, right = Codes(a.to(E4M3), one), Codes(b.t().contiguous().to(E4M3).t(), one)
     return _timed(lambda: fp8_product(left, right), lambda: torch.mm(*wide), product)
 
 
-_MEASURES: dict[str, Callable[[torch.device], Measured]] = {"int8": measure_int8, "fp8": measure_fp8}
+def measure_int16(device: torch.device) -> Measured:
+    """The int16 product against the one in float32; see :func:`measure_int8`."""
+    a, b, product = _small_integers(torch.int16, 64, device)
+    wide = a.to(torch.float32), b.to(torch.float32)
+    return _timed(lambda: code_product(a, b, native=True), lambda: torch.mm(*wide), product)
+
+
+_MEASURES: dict[str, Callable[[torch.device], Measured]] = {
+    "int8": measure_int8,
+    "int16": measure_int16,
+    "fp8": measure_fp8,
+}
 
 
 def _remembered(kind: str, device: torch.device) -> Measured:
     """The measurement from the cache directory, made now if it is not there."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    path = cache_directory() / f"{kind}-{machine_key()}-{torch.__version__}-{name.replace(' ', '_')}.json"
+    path = cache_directory() / f"{kind}-{measurement_key()}-{torch.__version__}-{name.replace(' ', '_')}.json"
     try:
         found: Measured = json.loads(path.read_text())
         return found
@@ -113,6 +124,15 @@ def native_int8(device: torch.device | str = "cpu") -> bool:
     """
     device = torch.device(device)
     return device.type in ("cpu", "cuda") and _native("int8", device.type, device.index)
+
+
+def native_int16(device: torch.device | str = "cpu") -> bool:
+    """Whether products of int16 codes run natively on ``device``: a CPU where they were faster than float32.
+
+    ``LIGHTNING_EFF_INT16=0`` or ``=1`` overrides the measurement.
+    """
+    device = torch.device(device)
+    return device.type == "cpu" and _native("int16", device.type, device.index)
 
 
 def native_fp8(device: torch.device | str = "cuda") -> bool:

@@ -30,7 +30,7 @@ _INT32_POSITIONS = 2**31 // (15 * 64)
 
 
 def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
-    """Codes (N, D, H, W, C) int8 -> (N * positions, T * C): the values under each tap, zero outside.
+    """Codes (N, D, H, W, C) -> (N * positions, T * C): the values under each tap, zero outside.
 
     Args:
         src: contiguous channels-last codes.
@@ -40,9 +40,11 @@ def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
     """
     images, *size, channels = src.shape
     positions, count = images * out_size[0] * out_size[1] * out_size[2], taps.shape[1]
-    kernels = library() if src.device.type == "cpu" and src.dtype == torch.int8 else None
+    kernels = library() if src.device.type == "cpu" and src.dtype in (torch.int8, torch.int16) else None
     if kernels is None:
         return _gather_indexed(src, taps, step, out_size)
+    if src.dtype == torch.int16:  # two bytes are two channels to the kernel
+        return gather(src.view(torch.int8), taps, step, out_size).view(torch.int16)
     out = scratch("gather", positions * count * channels, torch.int8).view(positions, count * channels)
     shape = torch.tensor([*size, *out_size, *step])
     kernels.eff_gather(
@@ -116,7 +118,7 @@ def conv_forward(
     positions, matrix = out_size[0] * out_size[1] * out_size[2], weight.codes.view(channels, -1).t()
     out = torch.empty(images * positions, channels, dtype=dtype, device=x.codes.device)
     taps = geometry.taps
-    for group in _groups(images, positions * matrix.shape[0]):
+    for group in _groups(images, positions * matrix.shape[0] * x.codes.itemsize):
         acc = code_product(_columns(x.codes[group], geometry, taps, out_size), matrix, native=True)
         rows = out[group.start * positions : group.stop * positions]
         rescale(acc, x.scale, weight.scale, bias=bias, dtype=dtype, out=rows)
@@ -149,7 +151,7 @@ def conv_input_grad(
             continue
         matrix = weight.codes[:, kept].permute(1, 0, 2).reshape(-1, inputs)
         z, y, x = target.shape[1:4]
-        for group in _groups(images, z * y * x * matrix.shape[0]):
+        for group in _groups(images, z * y * x * matrix.shape[0] * grad.codes.itemsize):
             codes = grad.codes[group]
             columns = codes.reshape(-1, channels) if geometry.pointwise else gather(codes, taps, (1, 1, 1), (z, y, x))
             acc = code_product(columns, matrix, native=True)
@@ -182,11 +184,11 @@ def conv_weight_grad(
         return rescale(acc, grad.scale, x.scale, factor=factor, dtype=dtype).view(channels, -1, inputs)
     total: Tensor | None = None
     wide = images * positions > _INT32_POSITIONS
-    for group in _groups(images, positions * width, at_least=8 * channels * width):
+    for group in _groups(images, positions * width * x.codes.itemsize, at_least=8 * channels * width):
         columns = _columns(x.codes[group], geometry, taps, (out_size[0], out_size[1], out_size[2]))
         part = code_product(grad.codes[group].reshape(-1, channels).t(), columns, native=True)
         if group.stop < images or total is not None:  # the product's buffer is about to be overwritten
-            part = part.to(torch.float64 if wide else torch.int32, copy=total is None)
+            part = part.to(torch.float64 if wide else part.dtype, copy=total is None)
         total = part if total is None else total.add_(part)
     if total is None:
         total = torch.zeros(channels, width, dtype=torch.int32, device=x.codes.device)

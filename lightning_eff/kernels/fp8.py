@@ -39,33 +39,34 @@ def fp8_encode(
         keep: also return the codes as ``dtype``, one byte each.
         out: bfloat16 buffer of at least ``x.numel()`` elements; default: a new one.
         max_abs: what to scale for (delayed scaling): one pass less. Default: the largest magnitude of ``x``.
-        observed: with ``max_abs``, a 0-d float32 tensor that receives the largest magnitude, not finite if ``x`` is not.
+        observed: with ``max_abs``, a 0-d float32 tensor that receives the largest magnitude (not finite if ``x`` is
+            not).
     """
     x = x.detach()
     x = (x if x.dtype in TYPES else x.to(torch.float32)).contiguous()
     kernels = library() if x.device.type == "cpu" else None
     if max_abs is not None and observed is None:
-        observed = torch.empty((), device=x.device)
+        observed = torch.empty((), dtype=torch.float32, device=x.device)
     if kernels is None:
         plain, kept = _encode_plain(x, dtype, power_of_two, max_abs, observed)
         return Codes(plain.codes.to(torch.bfloat16), plain.scale), kept if keep else None
-    n, threads, scale = x.numel(), torch.get_num_threads(), torch.empty(2)
-    largest = largest_magnitude(x) if max_abs is None else torch.tensor(max_abs)
+    n, threads, scale = x.numel(), torch.get_num_threads(), torch.empty(2, dtype=torch.float32)
+    largest = largest_magnitude(x) if max_abs is None else torch.tensor(max_abs, dtype=torch.float32)
     kernels.eff_fp8_scale(largest.data_ptr(), LARGEST[dtype], power_of_two, scale.data_ptr())
     values = (torch.empty(n, dtype=torch.bfloat16) if out is None else out[:n]).view(x.shape)
-    kept = torch.empty(x.shape, dtype=dtype) if keep else None
+    bytes_ = torch.empty(x.shape, dtype=dtype) if keep else None
     kernels.eff_fp8_encode(
         x.data_ptr(),
         TYPES[x.dtype],
         n,
         scale.data_ptr(),
         _FORMATS[dtype],
-        None if kept is None else kept.data_ptr(),
+        None if bytes_ is None else bytes_.data_ptr(),
         values.data_ptr(),
         None if max_abs is None or observed is None else observed.data_ptr(),
         threads,
     )
-    return Codes(values, scale[0]), kept
+    return Codes(values, scale[0]), bytes_
 
 
 def _encode_plain(
@@ -73,7 +74,7 @@ def _encode_plain(
 ) -> tuple[Codes, Tensor]:
     if observed is not None:
         observed.copy_(largest_along(x))
-    largest = None if max_abs is None else torch.full((), max_abs, device=x.device)
+    largest = None if max_abs is None else torch.full((), max_abs, dtype=torch.float32, device=x.device)
     codes = functional.fp8_codes(x, dtype, power_of_two=power_of_two, max_abs=largest)
     return codes, codes.codes
 
@@ -108,9 +109,10 @@ def fp8_product(
     left = _padded(a.codes, 0, -k % ALIGNMENT)
     right = _padded(b.codes.t(), -n % ALIGNMENT, -k % ALIGNMENT).t()
     rowwise = a.scale.dim() == 2
-    scales = (a.scale * factor).contiguous(), b.scale.contiguous()
-    if rowwise:
-        scales = scales[0], torch.nn.functional.pad(scales[1], (0, -n % ALIGNMENT))
+    scales = a.scale * factor, b.scale
+    if rowwise:  # views with the strides CUDA wants, which sizes of one leave open
+        padded = torch.nn.functional.pad(b.scale.reshape(-1), (0, -n % ALIGNMENT))
+        scales = scales[0].reshape(-1).view(m, 1), padded.view(1, -1)
     result = torch._scaled_mm(
         left, right, scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16 if rowwise else torch.float32
     )[:m, :n]

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels.build import library
 from lightning_eff.kernels.fp8 import fp8_product
+from lightning_eff.kernels.int16 import int16_product
 from lightning_eff.kernels.quantize import TYPES
 
 LARGEST_TERM = 15 * 128
@@ -78,12 +79,12 @@ def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
     """Product of codes: exact for integers.
 
     Args:
-        a: (M, K) int8 (int16 for codes beyond int8: never native), or bfloat16 holding FP8 values.
+        a: (M, K) int8, int16 (shared-exponent integers, or codes beyond int8), or bfloat16 holding values exact in it.
         b: (K, N) likewise.
-        native: use the int8 units.
+        native: use the int8 or int16 units.
 
     Returns:
-        (M, N): int32, float32 or float64 holding integers, or bfloat16. Possibly a buffer that the next call overwrites.
+        (M, N): int32, float32 or float64 holding integers, or bfloat16. Perhaps a buffer that the next call overwrites.
     """
     if a.shape[1] == 0 or a.numel() == 0 or b.numel() == 0:
         return torch.zeros(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
@@ -91,6 +92,8 @@ def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
         return torch.mm(a, b)
     if native and a.dtype == b.dtype == torch.int8:
         return _int_mm(a, b)
+    if native and a.dtype == b.dtype == torch.int16:
+        return int16_product(a, b)
     if a.shape[1] <= _FLOAT32_TERMS:
         return torch.mm(_widened("left", a), _widened("right", b))
     total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float64, device=a.device)
@@ -109,7 +112,7 @@ def rescale(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``acc * (a * b * factor) + bias`` in one pass.
+    """``acc * (a * b * factor) + bias`` in one pass; ``acc * (a * factor) * b + bias`` where a or b is a vector.
 
     Args:
         acc: (M, N) int32, float32, float64 or bfloat16 sums.
@@ -121,7 +124,7 @@ def rescale(
         out: contiguous (M, N) tensor of ``dtype`` to write to.
     """
     one_scale = a.dim() == b.dim() == 0
-    kernels = library() if acc.device.type == "cpu" and dtype in TYPES and one_scale else None
+    kernels = library() if acc.device.type == "cpu" and dtype in TYPES else None
     if kernels is None:
         result = acc.to(torch.float32) * (a * b * factor) if one_scale else acc.to(torch.float32) * (a * factor) * b
         result = result if bias is None else result + bias.to(torch.float32)
@@ -130,6 +133,22 @@ def rescale(
     rows, columns = acc.shape
     out = torch.empty(rows, columns, dtype=dtype) if out is None else out
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+    if not one_scale:
+        a, b = a.expand(rows, 1).contiguous(), b.expand(1, columns).contiguous()
+        kernels.eff_scale_rows(
+            acc.data_ptr(),
+            _SUM_TYPES[acc.dtype],
+            rows,
+            columns,
+            a.data_ptr(),
+            b.data_ptr(),
+            factor,
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            TYPES[dtype],
+            torch.get_num_threads(),
+        )
+        return out
     kernels.eff_scale(
         acc.data_ptr(),
         _SUM_TYPES[acc.dtype],

@@ -55,7 +55,7 @@ def sawb_encode(
         return plain, functional.pack_int4(plain.codes) if pack else None, is_unsigned
     kind, n, threads = TYPES[x.dtype], x.numel(), torch.get_num_threads()
     if scale is None:
-        scale, flag = torch.empty(()), ctypes.c_int32()
+        scale, flag = torch.empty((), dtype=torch.float32), ctypes.c_int32()
         kernels.eff_sawb_scale(
             x.data_ptr(),
             kind,
@@ -112,8 +112,8 @@ def largest_magnitude(x: Tensor) -> Tensor:
     x = _prepared(x)
     kernels = _library_for(x)
     if kernels is None:
-        return x.abs().max().to(torch.float32) if x.numel() else torch.zeros((), device=x.device)
-    result = torch.empty(())
+        return x.abs().max().to(torch.float32) if x.numel() else torch.zeros((), dtype=torch.float32, device=x.device)
+    result = torch.empty((), dtype=torch.float32)
     kernels.eff_max_abs(x.data_ptr(), TYPES[x.dtype], x.numel(), result.data_ptr(), torch.get_num_threads())
     return result
 
@@ -151,7 +151,7 @@ def luq_codes(
         )
     largest = largest_magnitude(x) if max_abs is None else torch.as_tensor(max_abs, dtype=torch.float32)
     seed = draw_seed() if seed is None else seed
-    alpha, n = torch.empty(()), x.numel()
+    alpha, n = torch.empty((), dtype=torch.float32), x.numel()
     codes = (torch.empty(n, dtype=torch.int8) if out is None else out[:n]).view(x.shape)
     kernels.eff_luq_scale(largest.data_ptr(), levels, power_of_two, alpha.data_ptr())
     kernels.eff_luq_codes(

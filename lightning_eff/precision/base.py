@@ -6,12 +6,15 @@ A mixin without Lightning: the public classes join it to the ``Precision`` class
 from __future__ import annotations
 
 import contextlib
+import math
+import statistics
 import warnings
 from collections.abc import Generator
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_eff.errors import EffWarning, NoEffectWarning, NonFiniteGradientError
@@ -34,8 +37,8 @@ class QuantizedPrecisionMixin:
     Subclasses set ``info`` and ``formats`` and fill ``self.config`` in ``_configure``.
     """
 
-    info: ClassVar[MethodInfo]
-    formats: ClassVar[str]
+    info: MethodInfo
+    formats: str
     """Formats of input, weight and gradient, for the table."""
     products: ClassVar[tuple[str, str]]
     """How native and other products run, for the table."""
@@ -61,10 +64,12 @@ class QuantizedPrecisionMixin:
         if trainer is not None:
             check_strategy(self.info, trainer.strategy)
         if id(module) not in self._conversions:
-            conversion = convert(module, self.config, self.seeds)
+            device = None if trainer is None else getattr(trainer.strategy, "root_device", None)
+            device = device or next((p.device for p in module.parameters()), torch.device("cpu"))
+            conversion = convert(module, self.config, self.seeds, device)
             self._conversions[id(module)] = (module, conversion)
             self._apply_state()
-            self._report(conversion, next(module.parameters(), torch.empty(0)).device)
+            self._report(conversion, device)
         return module
 
     def _report(self, conversion: Conversion, device: torch.device) -> None:
@@ -95,19 +100,24 @@ class QuantizedPrecisionMixin:
         return sum(kept for kept, _ in pairs), sum(full for _, full in pairs)
 
     def teardown(self) -> None:
-        """Give every layer its class back and say in one line what the method did."""
-        kept, full = self.saved_bytes()
-        if self._steps and full and _rank() == 0:
-            layers = sum(len(conversion.states) for _, conversion in self._conversions.values())
-            console().print(
-                f"{self.info.name}: {layers} layers trained for {self._steps} steps; for backward they kept "
-                f"{readable_bytes(kept)} instead of {readable_bytes(full)} in float32 ({kept / full:.3f}x).",
-                highlight=False,
-            )
+        """Give every layer its class back and say what the method did."""
+        if self._steps and self.saved_bytes()[1] and _rank() == 0:
+            for part in self._verdict():
+                console().print(part, highlight=False)
+        self._loaded = self._remembered()  # for a checkpoint that is saved now
         for _, conversion in self._conversions.values():
             conversion.undo()
         self._conversions, self._steps = {}, 0
         super().teardown()  # type: ignore[misc]
+
+    def _verdict(self) -> list[str | Table]:
+        """What a run prints at its end."""
+        kept, full = self.saved_bytes()
+        line = (
+            f"{self.info.name}: {len(self.states())} layers trained for {self._steps} steps; for backward they kept "
+            f"{readable_bytes(kept)} instead of {readable_bytes(full)} in float32 ({kept / full:.3f}x)."
+        )
+        return [line]
 
     # ------------------------------------------------------------------------------------------ steps
 
@@ -152,9 +162,13 @@ class QuantizedPrecisionMixin:
         result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
         self._steps += 1
         self._invalidate()
+        self._after_step(optimizer)
         advance(self._memories(), self._device())
         self._sample(self._steps)  # the Trainer says which step it is when the next begins
         return result
+
+    def _after_step(self, optimizer: Any) -> None:
+        """What a method does with the weights an optimizer has just updated."""
 
     def _memories(self) -> list[Memory]:
         """What all layers remember, in the same order on every rank."""
@@ -211,14 +225,15 @@ class QuantizedPrecisionMixin:
         return [(name, grad) for name, grad in dense if grad.numel()]
 
     def _publish(self, trainer: Any) -> None:
-        """Log the figures of a sampled step, the mean over layers."""
-        collected: dict[str, list[Tensor]] = {}
+        """Log the figures of a sampled step, the mean over the layers where they are finite (SQNR may not be)."""
+        collected: dict[str, list[float]] = {}
         for state in self.states().values():
             for key, value in state.metrics.items():
-                collected.setdefault(f"eff/{self.info.name}/{key}", []).append(value.detach().float().cpu())
+                collected.setdefault(f"eff/{self.info.name}/{key}", []).append(float(value))
             state.metrics = {}
+        finite = {key: [v for v in values if math.isfinite(v)] for key, values in collected.items()}
         if collected:
-            self.metrics = {key: float(torch.stack(values).mean()) for key, values in collected.items()}
+            self.metrics = {key: statistics.mean(values) for key, values in finite.items() if values}
             for logger in trainer.loggers:
                 logger.log_metrics(self.metrics, step=trainer.global_step)
 
@@ -230,14 +245,19 @@ class QuantizedPrecisionMixin:
             "seed": self.seeds.seed,
             "calls": self.seeds.calls,
             "phase": "weights_only" if self.weights_only else "quantized",
-            "memory": {
-                name: {role: memory.estimate.state_dict() for role, memory in state.memories.items()}
-                for name, state in self.states().items()
-                if state.memories
-            },
+            "memory": self._remembered(),
         }
         kept = {key: value for key, value in own.items() if key in self.info.state_keys}
         return {**super().state_dict(), **kept}  # type: ignore[misc]
+
+    def _remembered(self) -> dict[str, dict[str, Any]]:
+        """What each layer remembers; after the run, what it did then."""
+        now = {
+            name: {role: memory.estimate.state_dict() for role, memory in state.memories.items()}
+            for name, state in self.states().items()
+            if state.memories
+        }
+        return {**self._loaded, **now}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the rounding stream, the phase and what the layers remember."""

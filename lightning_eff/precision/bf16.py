@@ -13,17 +13,21 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Generator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_eff.errors import ConfigurationError, NoEffectWarning
+from lightning_eff.errors import NoEffectWarning
 from lightning_eff.integration.precision import check_strategy
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.optim.bf16 import Update, bf16_updates
+from lightning_eff.precision.config import variant_of
+from lightning_eff.precision.state import seed_of_rank_0
+
+VARIANTS = {"sr": "bf16-sr", "kahan": "bf16-kahan", "split": "bf16-split"}
+"""Update -> string."""
 
 
 class BF16Mixin:
@@ -43,7 +47,7 @@ class BF16Mixin:
     from, and every rank rounds alike, so that replicas stay equal.
     """
 
-    info: ClassVar[MethodInfo] = METHODS["bf16-sr"]
+    info: MethodInfo = METHODS["bf16-sr"]
     precision: Any = "bf16-true"
     eff_method: str
 
@@ -53,15 +57,7 @@ class BF16Mixin:
 
     def _eff_init(self, update: Update | None = None) -> None:
         """Set up after construction, or after a graft, which has said by which string it was asked for."""
-        asked = self.__dict__.get("eff_method")
-        self.eff_method = asked or f"bf16-{update}"
-        if self.eff_method not in METHODS or METHODS[self.eff_method].shell != self.info.shell:
-            raise ConfigurationError(f"update={update!r} is not known; use 'split', 'kahan' or 'sr'.")
-        if update is not None and self.eff_method != f"bf16-{update}":
-            raise ConfigurationError(
-                f"{self.eff_method!r} was asked for with update={update!r}. Ask for 'bf16-{update}', or leave it out."
-            )
-        self.update: Any = self.eff_method.removeprefix("bf16-")
+        self.update: Any = variant_of(self, "update", update, VARIANTS)
         self._seed: int | None = None
 
     # ------------------------------------------------------------------------------------------ optimizers
@@ -87,7 +83,7 @@ class BF16Mixin:
 
     def _adopt(self, optimizer: Any) -> None:
         if self._seed is None:
-            self._seed = _seed_of_rank_0()
+            self._seed = seed_of_rank_0()
         bf16_updates(optimizer, update=self.update, seed=self._seed)
 
     def teardown(self) -> None:
@@ -102,7 +98,7 @@ class BF16Mixin:
         module = super().convert_module(module)  # type: ignore[misc]
         trainer = getattr(module, "_trainer", None)
         if trainer is not None:
-            check_strategy(METHODS[self.eff_method], trainer.strategy)
+            check_strategy(self.info, trainer.strategy)
         return module.to(torch.bfloat16)
 
     def convert_input(self, data: Any) -> Any:
@@ -120,14 +116,6 @@ class BF16Mixin:
     def forward_context(self) -> Any:
         """New floating tensors in a forward pass are bfloat16."""
         return _default_bf16()
-
-
-def _seed_of_rank_0() -> int:
-    """``torch.initial_seed()`` of rank 0: ranks that hold the same weights have to round them alike."""
-    seed = [torch.initial_seed()]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(seed, src=0)
-    return seed[0]
 
 
 def _to_bf16(x: Tensor) -> Tensor:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from lightning_eff.errors import ConfigurationError, nearest
-from lightning_eff.functional.luq import GRADIENT_ROUNDINGS, Rounding
+from lightning_eff.functional.float_format import Rounding
+from lightning_eff.functional.luq import GRADIENT_ROUNDINGS
+from lightning_eff.functional.luq import Rounding as GradientRounding
 from lightning_eff.functional.sawb import Unsigned
+from lightning_eff.kernels.fp8 import ALIGNMENT
+from lightning_eff.methods import METHODS
+from lightning_eff.precision.bf16_format import BF16Format
+from lightning_eff.precision.fitted_format import FittedFormatOfLayer, FittedScale
 from lightning_eff.precision.formats import Format
 from lightning_eff.precision.fp8_format import FP8Format, RowwiseFP8Format
+from lightning_eff.precision.integer_format import AgreedAutoflex, DFP16Format, FlexpointFormat
 from lightning_eff.precision.luq_format import LUQFormat
 
 Products = Literal["auto", "native", "emulated"]
 OnNonFinite = Literal["raise", "warn"]
 Scaling = Literal["tensorwise", "rowwise", "delayed"]
+SLOW_FEATURES, SLOW_CHANNELS = 64, 16
+"""Linear layers and convolutions up to this size get no faster by FP8 on a CPU (``python -m benchmarks.layers``)."""
+MasterWeights = Literal["float32", "flex16"]
 
 
 def check_choice(name: str, given: Any, allowed: Sequence[Any]) -> None:
@@ -43,6 +55,36 @@ def check_bool(name: str, given: Any) -> None:
     """Raise :class:`ConfigurationError` unless ``given`` is True or False."""
     if not isinstance(given, bool):
         raise ConfigurationError(f"{name}={given!r} is not allowed; it must be True or False.")
+
+
+def options_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's ``locals()`` as the options it was given."""
+    return {key: value for key, value in arguments.items() if key not in ("self", "__class__")}
+
+
+def variant_of(plugin: Any, option: str, given: Any, variants: Mapping[Any, str]) -> Any:
+    """Which variant of a family of methods ``plugin`` is; sets ``plugin.eff_method`` and ``plugin.info``.
+
+    Args:
+        plugin: an instance whose string, if it was made from one, is ``plugin.eff_method``.
+        option: name of the option that tells the variants apart.
+        given: its value, None where it was left out.
+        variants: value -> string; the first is the default.
+
+    Raises:
+        ConfigurationError: ``given`` is not known, or it contradicts the string.
+    """
+    asked = plugin.__dict__.get("eff_method")
+    named = next((value for value, name in variants.items() if name == asked), next(iter(variants)))
+    value = named if given is None else given
+    check_choice(option, value, tuple(variants))
+    if asked is not None and variants[value] != asked:
+        raise ConfigurationError(
+            f"{asked!r} was asked for with {option}={given!r}. Ask for {variants[value]!r}, or leave it out."
+        )
+    plugin.eff_method = variants[value]
+    plugin.info = METHODS[plugin.eff_method]
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +119,10 @@ class LayerConfig:
         """The format these options ask for."""
         raise TypeError(f"{type(self).__name__} names no format")
 
+    def too_slow(self, shape: Sequence[int], device: torch.device) -> str:
+        """Why a layer with a weight of this shape is left alone on ``device``, to say to people; mostly empty."""
+        return ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LUQConfig(LayerConfig):
@@ -91,7 +137,7 @@ class LUQConfig(LayerConfig):
     unsigned: Unsigned = "mirror5"
     hindsight: float | None = None
     power_of_two: bool = False
-    gradient_rounding: Rounding = "luq"
+    gradient_rounding: GradientRounding = "luq"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,16 +172,119 @@ class FP8Config(LayerConfig):
     power_of_two: bool | None = None
     history: int = 1024
     margin: int = 0
+    filter_slow: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_bool("filter_slow", self.filter_slow)
         check_choice("scaling", self.scaling, get_args(Scaling))
         check_int("history", self.history, 1)
         check_int("margin", self.margin, -8, 8)
-        if self.power_of_two is None:
-            object.__setattr__(self, "power_of_two", self.scaling == "rowwise")
-        check_bool("power_of_two", self.power_of_two)
+        if self.power_of_two is not None:
+            check_bool("power_of_two", self.power_of_two)
+
+    @property
+    def whole_octaves(self) -> bool:
+        """Whether scales are powers of two."""
+        return self.scaling == "rowwise" if self.power_of_two is None else self.power_of_two
 
     def format(self) -> Format:
         """E4M3 and E5M2."""
         return RowwiseFP8Format(self) if self.scaling == "rowwise" else FP8Format(self)
+
+    def too_slow(self, shape: Sequence[int], device: torch.device) -> str:
+        """The sizes that were not faster than float32 at any batch size (CPU); those torchao leaves out (CUDA)."""
+        if not self.filter_slow or len(shape) < 2:
+            return ""
+        outputs, inputs = shape[:2]
+        if device.type != "cuda":
+            small = min(outputs, inputs) <= (SLOW_FEATURES if len(shape) == 2 else SLOW_CHANNELS)
+        elif len(shape) > 2:  # nobody measured
+            small = False
+        elif self.scaling == "rowwise":
+            small = outputs <= 2048 or inputs <= 1024 or (outputs <= 4096 and inputs <= 2048)
+        else:
+            small = inputs <= 4096 and outputs <= 1024
+        if len(shape) == 2 and device.type == "cuda" and (outputs % ALIGNMENT or inputs % ALIGNMENT):
+            return f"sizes are no multiples of {ALIGNMENT}: padding would cost more (filter_slow=False converts it)"
+        return f"too small to get faster on {device.type} (filter_slow=False converts it)" if small else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BF16EmulatedConfig(LayerConfig):
+    """Options of ``bf16-emulated``: those of every method with converted layers."""
+
+    exempt_first_last: bool = False
+
+    def format(self) -> Format:
+        """bfloat16."""
+        return BF16Format(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerConfig(LayerConfig):
+    """Options of ``dfp16``: those of every method with converted layers."""
+
+    exempt_first_last: bool = False
+
+    def format(self) -> Format:
+        """int16 with a measured exponent."""
+        return DFP16Format(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexpointConfig(IntegerConfig):
+    """Options of ``flexpoint16``; see :class:`lightning_eff.precision.flexpoint.FlexpointMixin` for their meaning.
+
+    Raises:
+        ConfigurationError: an option is outside its range.
+    """
+
+    alpha: float = 2.0
+    beta: float = 3.0
+    gamma: float = 100.0
+    length: int = 16
+    store_results: bool = True
+    weights: MasterWeights = "float32"
+    weight_rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("length", self.length, 1)
+        check_bool("store_results", self.store_results)
+        check_choice("weights", self.weights, get_args(MasterWeights))
+        check_choice("weight_rounding", self.weight_rounding, ("nearest", "stochastic"))
+        self.autoflex()
+
+    def autoflex(self) -> AgreedAutoflex:
+        """The exponent management of a new tensor."""
+        return AgreedAutoflex(alpha=self.alpha, beta=self.beta, gamma=self.gamma, length=self.length)
+
+    def format(self) -> Format:
+        """int16 with a predicted exponent."""
+        return FlexpointFormat(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedConfig(LayerConfig):
+    """Options of ``fp8-fit`` and ``fp6-fit``; see :class:`lightning_eff.precision.fitted.FittedMixin`.
+
+    Raises:
+        ConfigurationError: an option is outside its range.
+    """
+
+    bits: int = 8
+    refit_every_n_steps: int = 100
+    scale: FittedScale = "max"
+    gradient_rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("bits", self.bits, (8, 6))
+        check_int("refit_every_n_steps", self.refit_every_n_steps, 1)
+        check_choice("scale", self.scale, get_args(FittedScale))
+        check_choice("gradient_rounding", self.gradient_rounding, ("nearest", "stochastic"))
+
+    def format(self) -> Format:
+        """A float format for each layer's gradient."""
+        return FittedFormatOfLayer(self)

@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -95,12 +96,12 @@ def _unsupported(module: nn.Module) -> str:
     )
     if base and not from_torch:
         return f"{kind} is a subclass of {base} and may have a forward of its own"
-    return f"{kind} has no 4-bit form; supported are {_SUPPORTED}"
+    return f"{kind} has no low-precision form; supported are {_SUPPORTED}"
 
 
 def _attention_reason(module: nn.Module) -> str:
     extra = isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn)
-    return "add_bias_kv and add_zero_attn have no 4-bit form" if extra else ""
+    return "add_bias_kv and add_zero_attn have no low-precision form" if extra else ""
 
 
 def _exempt_by_pattern(name: str, config: LayerConfig) -> str:
@@ -117,10 +118,10 @@ def _check_patterns(config: LayerConfig, names: list[str]) -> None:
             )
 
 
-def _reasons(found: list[tuple[str, nn.Module]], config: LayerConfig) -> dict[str, str]:
+def _reasons(found: list[tuple[str, nn.Module]], config: LayerConfig, device: torch.device) -> dict[str, str]:
     """Layer name -> why it is left alone, empty if it is converted."""
     reasons = {
-        name: (_attention_reason(module) or _exempt_by_pattern(name, config))
+        name: (_attention_reason(module) or _exempt_by_pattern(name, config) or config.too_slow(_shape(module), device))
         if twin_of(module)
         else _unsupported(module)
         for name, module in found
@@ -134,17 +135,20 @@ def _reasons(found: list[tuple[str, nn.Module]], config: LayerConfig) -> dict[st
     return reasons
 
 
-def convert(model: nn.Module, config: LayerConfig, seeds: SeedStream | None = None) -> Conversion:
+def convert(
+    model: nn.Module, config: LayerConfig, seeds: SeedStream | None = None, device: torch.device | None = None
+) -> Conversion:
     """Convert ``model`` in place.
 
     Layers are left in high precision when their name matches ``config.exempt``, when they are the first or the last
-    (an embedding in front counts as the first), or when their type has no quantised twin; each with its reason in
-    ``Conversion.rows``.
+    (an embedding in front counts as the first), when their type has no quantised twin, or when the method says that
+    they would get slower; each with its reason in ``Conversion.rows``.
 
     Args:
         model: any module; a layer used in several places is converted once.
         config: options of the method.
         seeds: stream of rounding seeds; default: a new one.
+        device: where the model will run; default: where its parameters are.
 
     Raises:
         ConfigurationError: a pattern in ``config.exempt`` matches no layer.
@@ -152,7 +156,8 @@ def convert(model: nn.Module, config: LayerConfig, seeds: SeedStream | None = No
     seeds, recent = SeedStream() if seeds is None else seeds, RecentInputs()
     result, found = Conversion(), list(_candidates(model))
     _check_patterns(config, [name for name, _ in found])
-    for name, reason in _reasons(found, config).items():
+    device = next((p.device for p in model.parameters()), torch.device("cpu")) if device is None else device
+    for name, reason in _reasons(found, config, device).items():
         module = model.get_submodule(name)
         result.rows.append(Layer(name, type(module).__name__, _shape(module), reason))
         if not reason:

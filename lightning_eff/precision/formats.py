@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,65 +37,53 @@ class GradCodes(NamedTuple):
     to_weight: list[Codes]
 
 
-class Format(Protocol):
+class Format(ABC):
     """How a method encodes the three roles of a product; see ``precision/luq_format.py`` for one.
 
     Codes lie in shared buffers: they are good until the next tensor of the same role is encoded. A linear layer's
     tensors come as matrices, a convolution's as (N, D, H, W, C) and its weight as torch stores it.
     """
 
-    nibbles: int
+    nibbles: int = 2
     """Half bytes kept for backward per element of an input."""
 
-    one_code_for_all: bool
-    """Whether layers that read one input give it the same codes, and the ones kept are those of the output."""
+    @property
+    def one_code_for_all(self) -> bool:
+        """Whether layers that read one input give it the same codes, and the ones kept are those of the output."""
+        return not self.memories()
 
+    @abstractmethod
     def native(self, device: torch.device) -> bool:
         """Whether products of these codes run on units made for them on ``device``."""
 
     def memories(self) -> dict[str, Memory]:
         """A new layer's memories by role; empty for formats that look at each tensor alone."""
+        return {}
 
     def saved_scales(self, columns: int | None) -> int:
         """Numbers in ``SavedInput.scale`` for a matrix of so many columns, or for a convolution's input (None)."""
+        return 1
 
+    @abstractmethod
     def encode_weight(self, weight: Tensor, state: LayerState) -> WeightCodes:
         """Codes of a weight; tensors of their own, because they are kept until the weight changes."""
 
+    @abstractmethod
     def encode_input(self, x: Tensor, state: LayerState, *, save: bool) -> tuple[Codes, SavedInput | None]:
         """Codes of a layer's input, and what backward needs of it if ``save``."""
 
+    @abstractmethod
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
         """The codes the weight gradient needs, from what was kept."""
 
+    @abstractmethod
     def encode_grad(self, grad: Tensor, state: LayerState) -> GradCodes:
         """Codes of an output gradient."""
 
     def store(self, result: Tensor, role: str, state: LayerState) -> Tensor:
-        """What the method keeps of a product's ``result`` (``"output"``, ``"input_grad"``, ``"weight_grad"``)."""
-
-    def grad_figures(self, grad: Tensor, codes: Codes) -> dict[str, Tensor]:
-        """Figures of a sampled step, by metric name."""
-
-
-class PlainFormat:
-    """What most formats do: remember nothing, keep one scale for an input, leave results as they are."""
-
-    nibbles = 2
-
-    @property
-    def one_code_for_all(self) -> bool:
-        """True where every tensor is looked at alone."""
-        return not self.memories()
-
-    def memories(self) -> dict[str, Memory]:
-        """None."""
-        return {}
-
-    def saved_scales(self, columns: int | None) -> int:
-        """One."""
-        return 1
-
-    def store(self, result: Tensor, role: str, state: LayerState) -> Tensor:
-        """The result itself."""
+        """What is kept of a product's ``result``; roles are ``"output"``, ``"input_grad"`` and ``"weight_grad"``."""
         return result
+
+    @abstractmethod
+    def grad_figures(self, grad: Tensor, codes: Codes, state: LayerState) -> dict[str, Tensor]:
+        """Figures of a sampled step, by metric name."""

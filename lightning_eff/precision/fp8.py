@@ -1,7 +1,8 @@
-"""``precision="fp8"``: 8-bit floating point in all three products of a layer.
+"""``precision="fp8" | "fp8-rowwise" | "fp8-delayed"``: 8-bit floating-point products.
 
 References:
-    Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv:2209.05433.
+    Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv:2209.05433; torchao.float8, recipes "tensorwise" and
+    "rowwise"; NVIDIA Transformer Engine, recipe DelayedScaling.
 """
 
 from __future__ import annotations
@@ -11,56 +12,67 @@ from typing import Any, ClassVar
 
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.precision.base import QuantizedPrecisionMixin
-from lightning_eff.precision.config import FP8Config, OnNonFinite
+from lightning_eff.precision.config import FP8Config, OnNonFinite, Products, Scaling, options_from, variant_of
+
+VARIANTS = {"tensorwise": "fp8", "rowwise": "fp8-rowwise", "delayed": "fp8-delayed"}
+"""Scaling -> string."""
 
 
 class FP8Mixin(QuantizedPrecisionMixin):
-    """8-bit training: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor (recipe "tensorwise").
+    """8-bit training: E4M3 inputs and weights, E5M2 gradients (rowwise: E4M3), with scales.
 
-    The products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D multiply FP8 values, accumulate
-    in float32 and round the sum to bfloat16 once. The input is kept for backward as FP8, a quarter of float32. Master
-    weights, optimizer, normalisation and softmax stay the same.
+    The products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D multiply FP8 values and accumulate
+    in float32: on the FP8 units of GPUs that have them, as bfloat16 (which holds FP8 values exactly, and rounds the sum
+    once) elsewhere. The input is kept for backward as FP8, a quarter of float32. Master weights, optimizer,
+    normalisation and softmax stay the same.
 
     Args:
-        power_of_two: round scales down to powers of two, so that scaling itself rounds nothing.
+        scaling: ``"tensorwise"``: one scale for a tensor, from its largest magnitude. ``"rowwise"``: in linear layers a
+            scale for each row that a product sums over, everything E4M3; convolutions tensorwise. ``"delayed"``: one
+            scale for a tensor, from the largest magnitudes of the steps before, one pass less.
+        power_of_two: round scales down to powers of two, so that scaling itself rounds nothing. Default: for rowwise.
+        history: steps delayed scaling looks back on.
+        margin: octaves of headroom of delayed scaling.
+        products: ``"auto"`` (FP8 units where measured faster), ``"native"`` FP8 or ``"emulated"``.
         exempt: name patterns (``"*.head"``) of layers to leave in high precision.
         exempt_first_last: leave the first and the last layer in high precision (an embedding counts as the first).
+        filter_slow: leave layers in high precision that are too small to get faster; the table says which.
         pack_relu: let ``nn.ReLU`` modules keep one bit per element for backward; their numbers do not change.
         measure_every_n_steps: log the ``eff/fp8/*`` figures every n optimizer steps, at the cost of a few passes over
             the tensors in those steps; 0 never.
         on_nonfinite: ``"raise"`` before a NaN or Inf gradient reaches a parameter, or ``"warn"``.
 
     Raises:
-        ConfigurationError: an option is outside its range.
+        ConfigurationError: an option is outside its range, or contradicts the string the method was asked for by.
 
-    State: ``phase`` under the class name in the checkpoint.
+    State: ``phase`` and, for delayed scaling, ``memory`` under the class name in the checkpoint.
     Randomness: none.
     """
 
-    info: ClassVar[MethodInfo] = METHODS["fp8"]
-    formats: ClassVar[str] = "E4M3 x E4M3, E5M2"
+    info: MethodInfo = METHODS["fp8"]
     products: ClassVar[tuple[str, str]] = ("native FP8", "as bfloat16, float32 sums")
 
     def __init__(
         self,
         *,
-        power_of_two: bool = False,
+        scaling: Scaling = "tensorwise",
+        power_of_two: bool | None = None,
+        history: int = 1024,
+        margin: int = 0,
+        products: Products = "auto",
         exempt: Sequence[str] = (),
         exempt_first_last: bool = True,
+        filter_slow: bool = True,
         pack_relu: bool = True,
         measure_every_n_steps: int = 1000,
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
+        options = options_from(locals())
         super().__init__()
-        self._eff_init(
-            power_of_two=power_of_two,
-            exempt=exempt,
-            exempt_first_last=exempt_first_last,
-            pack_relu=pack_relu,
-            measure_every_n_steps=measure_every_n_steps,
-            on_nonfinite=on_nonfinite,
-        )
+        self._eff_init(**options)
 
-    def _eff_init(self, **options: Any) -> None:
-        """Set up after construction, or after a graft onto a plugin Lightning made."""
-        self._begin(FP8Config(**options))
+    def _eff_init(self, scaling: Scaling | None = None, **options: Any) -> None:
+        """Set up after construction, or after a graft, which has said by which string it was asked for."""
+        scaling = variant_of(self, "scaling", scaling, VARIANTS)
+        self.formats = "E4M3 x E4M3, " + ("E4M3" if scaling == "rowwise" else "E5M2") + f", {scaling}"
+        self._begin(FP8Config(scaling=scaling, **options))

@@ -14,8 +14,9 @@ from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.fp8 import E4M3, E5M2, LARGEST
 from lightning_eff.kernels.capability import native_fp8
 from lightning_eff.kernels.fp8 import fp8_decode, fp8_encode
+from lightning_eff.kernels.fp8_rows import fp8_encode_along, fp8_encode_both
 from lightning_eff.kernels.products import scratch
-from lightning_eff.precision.formats import GradCodes, PlainFormat, SavedInput, WeightCodes
+from lightning_eff.precision.formats import Format, GradCodes, SavedInput, WeightCodes
 from lightning_eff.precision.memory import Memory
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def _buffer(name: str, x: Tensor) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class FP8Format(PlainFormat):
+class FP8Format(Format):
     """One scale per tensor, dynamic or delayed. See :class:`lightning_eff.precision.formats.Format`."""
 
     config: FP8Config
@@ -51,12 +52,12 @@ class FP8Format(PlainFormat):
         """Codes as the products want them; with delayed scaling, the maximum of ``x`` goes to the role's memory."""
         memory, observed = state.memories.get(role), None
         if memory is not None:
-            observed = torch.empty((), device=x.device)
+            observed = torch.empty((), dtype=torch.float32, device=x.device)
         native = self.native(x.device)
         codes, kept = fp8_encode(
             x,
             dtype,
-            power_of_two=self.config.power_of_two,
+            power_of_two=self.config.whole_octaves,
             keep=keep or native,
             out=None if role == "weight" else _buffer(role, x),
             max_abs=None if memory is None else memory.estimate.max_abs,
@@ -90,7 +91,7 @@ class FP8Format(PlainFormat):
         codes = self._encode("grad", grad, E5M2, state)[0]
         return GradCodes(codes, [codes])
 
-    def grad_figures(self, grad: Tensor, codes: Codes) -> dict[str, Tensor]:
+    def grad_figures(self, grad: Tensor, codes: Codes, state: LayerState) -> dict[str, Tensor]:
         """Shares of non-zero elements that became zero, and of values at the top."""
         values, top = codes.codes.to(torch.bfloat16), LARGEST[E4M3 if self.config.scaling == "rowwise" else E5M2]
         lost = zero_share(values) - zero_share(grad)
@@ -110,35 +111,50 @@ class RowwiseFP8Format(FP8Format):
         """One for each input feature, because the weight gradient sums over the rows."""
         return columns or 1
 
-    def _rows(self, x: Tensor, dim: int) -> Codes:
-        codes = fp8_codes(x, E4M3, power_of_two=self.config.power_of_two, dim=dim)
-        return codes if self.native(x.device) else Codes(fp8_decode(codes.codes), codes.scale)
+    def _rows(self, role: str, x: Tensor) -> Codes:
+        """A scale per row."""
+        octaves = self.config.whole_octaves
+        if self.native(x.device):
+            return fp8_codes(x, E4M3, power_of_two=octaves, dim=1)
+        return fp8_encode_along(x, E4M3, 1, power_of_two=octaves, out=_buffer(role, x))[0]
+
+    def _both(self, role: str, x: Tensor, *, keep: bool = False) -> tuple[Codes, Codes]:
+        """A scale per row, and a scale per column; the latter as E4M3 if ``keep``."""
+        octaves = self.config.whole_octaves
+        if self.native(x.device):
+            return self._rows(role, x), fp8_codes(x, E4M3, power_of_two=octaves, dim=0)
+        out = columns = None
+        if role != "weight":
+            out, columns = _buffer(role, x), None if keep else _buffer(f"{role}_columns", x)
+        return fp8_encode_both(x, E4M3, power_of_two=octaves, keep_columns=keep, out=out, out_columns=columns)
 
     def encode_weight(self, weight: Tensor, state: LayerState) -> WeightCodes:
         """A scale per output for the output, a scale per input for the input gradient."""
         if weight.dim() != 2:
             return super().encode_weight(weight, state)
-        return WeightCodes(self._rows(weight, 1), self._rows(weight, 0))
+        return WeightCodes(*self._both("weight", weight))
 
     def encode_input(self, x: Tensor, state: LayerState, *, save: bool) -> tuple[Codes, SavedInput | None]:
         """A scale per row for the output; kept with a scale per column."""
         if x.dim() != 2:
             return super().encode_input(x, state, save=save)
         if not save:
-            return self._rows(x, 1), None
-        kept = fp8_codes(x, E4M3, power_of_two=self.config.power_of_two, dim=0)
-        return self._rows(x, 1), SavedInput(kept.codes.view(torch.uint8).reshape(-1), kept.scale.reshape(-1))
+            return self._rows("input", x), None
+        codes, kept = self._both("input", x, keep=True)
+        return codes, SavedInput(kept.codes.view(torch.uint8).reshape(-1), kept.scale.reshape(-1))
 
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
         """The E4M3 values of the bytes."""
         if len(shape) != 2:
             return super().restore_input(saved, shape)
         kept = saved.packed.view(E4M3).view(tuple(shape))
-        return Codes(kept if self.native(kept.device) else fp8_decode(kept), saved.scale.view(1, -1))
+        codes = kept if self.native(kept.device) else fp8_decode(kept, out=_buffer("input", kept))
+        return Codes(codes, saved.scale.view(1, -1))
 
     def encode_grad(self, grad: Tensor, state: LayerState) -> GradCodes:
         """A scale per row for the input gradient, a scale per output for the weight gradient."""
         if grad.dim() != 2:
             codes = self._encode("grad", grad, E4M3, state)[0]
             return GradCodes(codes, [codes])
-        return GradCodes(self._rows(grad, 1), [self._rows(grad, 0)])
+        rows, columns = self._both("grad", grad)
+        return GradCodes(rows, [columns])

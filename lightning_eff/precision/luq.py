@@ -14,7 +14,7 @@ from lightning_eff.functional.luq import Rounding
 from lightning_eff.functional.sawb import Unsigned
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.precision.base import QuantizedPrecisionMixin
-from lightning_eff.precision.config import LUQConfig, OnNonFinite, Products
+from lightning_eff.precision.config import LUQConfig, OnNonFinite, Products, options_from
 
 
 class LUQMixin(QuantizedPrecisionMixin):
@@ -43,14 +43,14 @@ class LUQMixin(QuantizedPrecisionMixin):
     Raises:
         ConfigurationError: an option is outside its range.
 
-    State: ``seed``, ``calls``, ``phase``, ``hindsight`` under the class name in the checkpoint.
+    State: ``seed``, ``calls``, ``phase``, ``memory`` under the class name in the checkpoint.
     Randomness: gradient rounding hashes (``torch.initial_seed()``, a counter, the rank); torch's generators are not
     touched.
     """
 
-    info: ClassVar[MethodInfo] = METHODS["luq4"]
+    info: MethodInfo = METHODS["luq4"]
     products: ClassVar[tuple[str, str]] = ("native int8", "emulated in float32")
-    formats: ClassVar[str] = "INT4 x INT4 (SAWB), FP4 (LUQ)"
+    formats: str = "INT4 x INT4 (SAWB), FP4 (LUQ)"
 
     def __init__(
         self,
@@ -68,21 +68,9 @@ class LUQMixin(QuantizedPrecisionMixin):
         measure_every_n_steps: int = 1000,
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
+        options = options_from(locals())
         super().__init__()
-        self._eff_init(
-            levels=levels,
-            samples=samples,
-            unsigned=unsigned,
-            hindsight=hindsight,
-            power_of_two=power_of_two,
-            gradient_rounding=gradient_rounding,
-            exempt=exempt,
-            exempt_first_last=exempt_first_last,
-            pack_relu=pack_relu,
-            products=products,
-            measure_every_n_steps=measure_every_n_steps,
-            on_nonfinite=on_nonfinite,
-        )
+        self._eff_init(**options)
 
     def _eff_init(self, **options: Any) -> None:
         """Set up after construction, or after a graft onto a plugin Lightning made."""

@@ -15,7 +15,7 @@ from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels.capability import native_int8
 from lightning_eff.kernels.products import scratch
 from lightning_eff.kernels.quantize import largest_magnitude, luq_codes, sawb_encode, unpack_int4
-from lightning_eff.precision.formats import GradCodes, PlainFormat, SavedInput, WeightCodes
+from lightning_eff.precision.formats import Format, GradCodes, SavedInput, WeightCodes
 from lightning_eff.precision.memory import Memory
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ def _buffer(name: str, numel: int, device: torch.device) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class LUQFormat(PlainFormat):
+class LUQFormat(Format):
     """See :class:`lightning_eff.precision.formats.Format`."""
 
     config: LUQConfig
 
     nibbles = 1
-    one_code_for_all = True
+    one_code_for_all = True  # what is remembered is the gradient's
 
     def native(self, device: torch.device) -> bool:
         """Whether products run on int8 units."""
@@ -62,7 +62,7 @@ class LUQFormat(PlainFormat):
         codes, packed, is_unsigned = sawb_encode(x, unsigned=self.config.unsigned, pack=save, out=buffer)
         if packed is None:
             return codes, None
-        flag = torch.full((), float(is_unsigned), device=x.device)
+        flag = torch.full((), float(is_unsigned), dtype=torch.float32, device=x.device)
         return codes, SavedInput(packed, torch.stack([codes.scale, flag]))
 
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
@@ -73,11 +73,11 @@ class LUQFormat(PlainFormat):
         return Codes(codes.view(tuple(shape)), saved.scale[0])
 
     def encode_grad(self, grad: Tensor, state: LayerState) -> GradCodes:
-        """FP4 codes, ``config.samples`` times; with ``config.hindsight`` the maximum is the estimate of steps before."""
+        """FP4 codes, ``config.samples`` times; in hindsight the maximum is the estimate of the steps before."""
         memory = state.memories.get("grad")
         estimated = memory is not None and not math.isnan(memory.estimate.value)
         largest = memory.estimate.value if memory is not None and estimated else largest_magnitude(grad)
-        observed = torch.empty((), device=grad.device) if estimated else largest
+        observed = torch.empty((), dtype=torch.float32, device=grad.device) if estimated else largest
         samples = [
             luq_codes(
                 grad,
@@ -97,7 +97,7 @@ class LUQFormat(PlainFormat):
                 samples = [Codes(s.codes, torch.where(observed.isfinite(), s.scale, torch.nan)) for s in samples]
         return GradCodes(samples[0], samples)
 
-    def grad_figures(self, grad: Tensor, codes: Codes) -> dict[str, Tensor]:
+    def grad_figures(self, grad: Tensor, codes: Codes, state: LayerState) -> dict[str, Tensor]:
         """Shares of zero and of saturated codes."""
         top = 2 ** (self.config.levels - 1)
         return {"grad_zeros": zero_share(codes.codes), "grad_saturated": saturated_share(codes.codes, top)}

@@ -65,7 +65,7 @@ def advance(memories: Sequence[Memory], device: torch.device) -> None:
     """
     if not memories:
         return
-    parts = [torch.full((m.numbers,), _NOTHING) if m.seen is None else m.seen for m in memories]
+    parts = [torch.full((m.numbers,), _NOTHING, dtype=torch.float32) if m.seen is None else m.seen for m in memories]
     ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     seen = torch.cat([part.to(device) for part in parts])
     seen = torch.where(seen.isnan(), torch.inf, seen)  # every backend agrees on the largest of these

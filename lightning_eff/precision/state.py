@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eff.functional import sqnr_db
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 _MASK64 = (1 << 64) - 1
 
 
+def seed_of_rank_0() -> int:
+    """``torch.initial_seed()`` of rank 0: ranks that hold the same weights have to round them alike."""
+    seed = [torch.initial_seed()]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(seed, src=0)
+    return seed[0]
+
+
 class SeedStream:
     """Seeds of the gradient rounding: a counter hashed with the run's seed, so that two integers resume it exactly.
 
@@ -33,15 +42,16 @@ class SeedStream:
         self.seed = seed
         self.calls = 0
 
-    def next(self) -> int:
-        """The next 64-bit seed (splitmix64 of the counter), different on every rank."""
+    def next(self, *, same_on_ranks: bool = False) -> int:
+        """The next 64-bit seed (splitmix64 of the counter), different on every rank unless asked for."""
         if self.seed is None:
             self.seed = torch.initial_seed() & _MASK64
         self.calls += 1
         z = (self.seed + self.calls * 0x9E3779B97F4A7C15) & _MASK64
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-        return rank_seed(z ^ (z >> 31))
+        z ^= z >> 31
+        return z if same_on_ranks else rank_seed(z)
 
 
 Arrange = Callable[[Tensor], Tensor]
@@ -110,6 +120,7 @@ class LayerState:
         self._counted = False
         self.step = 0
         self.memories = self.format.memories()
+        self.written: dict[int, float] = {}
         self._cache: dict[tuple[Any, ...], WeightCodes] = {}
         self._register()
 
@@ -118,7 +129,7 @@ class LayerState:
         _STATES[int(self.handle)] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}, "handle": None, "recent": RecentInputs()}
+        return {**self.__dict__, "_cache": {}, "handle": None, "recent": RecentInputs(), "written": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -184,7 +195,7 @@ class LayerState:
         self._counted = True
         codes = self.format.encode_grad(grad, self)
         if self.measure:
-            self.metrics |= self.format.grad_figures(grad, codes.to_input)
+            self.metrics |= self.format.grad_figures(grad, codes.to_input, self)
         return codes
 
     def store(self, result: Tensor, role: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,71 @@ def test_kahan(size: int, threads: int, seed: int) -> None:
         assert same(rest, new_rest)
 
 
+def test_kahan_of_a_sum_adds_the_difference(seed: int) -> None:
+    total = torch.cat([patterns(3000), torch.randn(3000)])
+    weight, rest = torch.randn(6000).to(torch.bfloat16), torch.zeros(6000, dtype=torch.bfloat16)
+    expected, expected_rest = functional.kahan_step(weight, rest, total - weight)
+    bf16.write_kahan(weight, rest, total, is_sum=True)
+    assert torch.equal(weight.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert same(rest, expected_rest)
+
+
+RULES = {
+    "plain": bf16.SGDRule(lr=0.3),
+    "momentum": bf16.SGDRule(lr=0.3, momentum=0.9),
+    "nesterov": bf16.SGDRule(lr=0.3, momentum=0.9, nesterov=True),
+    "decay": bf16.SGDRule(lr=0.3, weight_decay=0.1, maximize=True),
+    "everything": bf16.SGDRule(lr=-1e-3, momentum=0.7, dampening=0.3, weight_decay=0.01, maximize=True),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("update", ["sr", "kahan", "split"])
+@pytest.mark.parametrize("size", [0, 1, 2049, 40_000])
+def test_sgd_in_one_pass_is_sgd_in_four(size: int, update: Any, rule: bf16.SGDRule, threads: int, seed: int) -> None:
+    weight, lo = functional.split_fp32(torch.randn(size))
+    other, rest = weight.clone(), (torch.randn(size) / 256).to(torch.bfloat16)
+    kept = {"sr": None, "kahan": rest.clone(), "split": lo.clone()}[update]
+    buffer = torch.full((size,), torch.nan) if rule.momentum else None
+    expected = None if buffer is None else buffer.clone()
+    for turn in range(3):
+        grad = torch.randn(size).to(torch.bfloat16)
+        value = functional.join_fp32(other, lo) if update == "split" else other.float()
+        rule(value, grad.float(), expected, first=turn == 0)
+        if update == "sr":
+            other = functional.bf16_stochastic_round(value, turn)
+        elif update == "kahan":
+            other, rest = functional.kahan_step(other, rest, value - other)
+        else:
+            other, lo = functional.split_fp32(value)
+        assert bf16.sgd_step(rule, weight, kept, grad, buffer, update=update, first=turn == 0, seed=turn)
+        assert same(weight, other)
+        assert buffer is None or torch.equal(buffer, expected)
+        assert kept is None or torch.equal(kept, {"kahan": rest, "split": lo}[update])
+
+
+def test_sgd_keeps_nan_and_inf(seed: int) -> None:
+    weight, lo = functional.split_fp32(patterns(4000))
+    value, grad = functional.join_fp32(weight, lo), torch.randn(4000).to(torch.bfloat16)
+    RULES["decay"](value, grad.float(), None, first=False)
+    assert bf16.sgd_step(RULES["decay"], weight, lo, grad, None, update="split")
+    assert torch.equal(functional.join_fp32(weight, lo).nan_to_num(7.0), value.nan_to_num(7.0))
+
+
+def test_sgd_is_left_to_torch_where_it_rounds_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, lo = functional.split_fp32(torch.randn(8))
+    arguments: Any = (bf16.SGDRule(lr=0.1), weight, lo, torch.ones(8, dtype=torch.bfloat16), None)
+    before = weight.clone()
+    bf16._rounds_like_torch.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(bf16.SGDRule, "__call__", lambda self, value, *_, **__: value.add_(1e-7))
+        assert not bf16.sgd_step(*arguments, update="split")
+    assert torch.equal(weight, before)
+    bf16._rounds_like_torch.cache_clear()
+    assert bf16.sgd_step(*arguments, update="split")
+    assert not torch.equal(weight, before)
+
+
 def test_a_strided_weight_is_written_in_its_own_order(seed: int) -> None:
     x = torch.randn(2, 8, 5, 6)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -86,6 +152,8 @@ def test_a_strided_weight_is_written_in_its_own_order(seed: int) -> None:
         bf16.write_split(weight, lo, x)
         assert torch.equal(bf16.join_fp32(weight, lo), x)
         bf16.write_kahan(weight, torch.zeros_like(weight), torch.ones_like(x))
+        transposed = weight.transpose(0, 1)
+        assert not bf16.sgd_step(RULES["plain"], transposed, None, transposed.clone(), None, update="sr")
 
 
 def test_the_version_counter_moves() -> None:
@@ -94,4 +162,5 @@ def test_the_version_counter_moves() -> None:
     bf16.write_stochastic(weight, torch.ones(4), 1)
     bf16.write_kahan(weight, torch.zeros(4, dtype=torch.bfloat16), torch.ones(4))
     bf16.write_split(weight, torch.zeros(4, dtype=torch.int16), torch.ones(4))
-    assert weight._version == before + 3
+    assert bf16.sgd_step(RULES["plain"], weight, None, torch.ones(4, dtype=torch.bfloat16), None, update="sr")
+    assert weight._version == before + 4

@@ -98,6 +98,40 @@ def test_rescale(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, with_bias:
     assert rescale(torch.zeros(2, 40, dtype=torch.int32), torch.tensor(torch.nan), b, dtype=dtype).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(("m", "n"), [(300, 40), (1, 1), (1, 37), (37, 1), (300, 301), (0, 4), (4, 0)])
+def test_rescale_by_vectors(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, with_bias: bool, kernels: bool, m: int, n: int
+) -> None:
+    """A scale for each row, for each column or both; one rounding for each product and for the sum, in this order."""
+    if not kernels:
+        monkeypatch.setattr(products, "library", lambda: None)
+    row, column, one, factor = torch.rand(m, 1), torch.rand(n, 1).t(), torch.tensor(0.21), 1 / 3
+    bias = torch.randn(n).to(dtype) if with_bias else None
+    floats = torch.randn(m, n).mul(99)
+    for acc in (floats.to(torch.int32), floats, floats.bfloat16(), floats.double(), floats.t().contiguous().t()):
+        for a, b in ((row, column), (row, one), (one, column)):
+            expected = acc.to(torch.float32) * (a * factor) * b
+            expected = (expected if bias is None else expected + bias.float()).to(dtype)
+            for out in (None, torch.empty(m, n, dtype=dtype)):
+                found = rescale(acc, a, b, factor=factor, bias=bias, dtype=dtype, out=out)
+                assert found.dtype == dtype
+                assert torch.equal(found, expected)
+                assert out is None or found.data_ptr() == out.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_that_is_not_a_number_stays_in_its_line(dtype: torch.dtype) -> None:
+    row, column = torch.ones(5, 1), torch.ones(1, 6)
+    row[2], column[0, 3] = torch.nan, torch.nan
+    found = rescale(torch.ones(5, 6), row, column, dtype=dtype)
+    expected = torch.zeros(5, 6, dtype=torch.bool)
+    expected[2], expected[:, 3] = True, True
+    assert torch.equal(found.isnan(), expected)
+
+
 @given(
     m=st.integers(1, 20), k=st.integers(1, 200), n=st.integers(1, 20), seed=st.integers(0, 10**6), native=st.booleans()
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
+from lightning_eff.functional.bf16 import join_fp32
 from lightning_eff.optim import UPDATES, bf16_updates
 from lightning_eff.optim.bf16 import ShadowedOptimizer
 
@@ -66,8 +67,6 @@ def train(optimizer: Optimizer, params: list[nn.Parameter], grads: list[list[Ten
 
 
 def wide(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
-    from lightning_eff.functional.bf16 import join_fp32
-
     return join_fp32(p, optimizer.state[p]["lo"])
 
 
@@ -241,11 +240,9 @@ def test_groups_hooks_and_added_groups(update: Any) -> None:
     assert [p is a for p in seen] == [True, True]
 
 
-def resume(
-    optimizer_name: str, update: Any, *, cut: int, drop: str | None = None
-) -> tuple[list[Tensor], list[Tensor], dict[str, Any]]:
+def resume(name: str, update: Any, *, cut: int, drop: str | None = None) -> tuple[list[Tensor], list[Tensor], Any]:
     """Weights of the whole run, and of one that went through a file after ``cut`` steps."""
-    make, grads = OPTIMIZERS[optimizer_name], gradients(12)
+    make, grads = OPTIMIZERS[name], gradients(12)
     whole, first, second = weights(), weights(), weights()
     train(bf16_updates(make(whole), update=update, seed=7), whole, grads)
     optimizer = bf16_updates(make(first), update=update, seed=7)

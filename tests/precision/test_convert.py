@@ -32,14 +32,14 @@ class MyAttention(nn.MultiheadAttention):
 REASONS: dict[str, tuple[nn.Module, str]] = {
     "embedding": (nn.Embedding(5, 4), "a table, no product"),
     "bag": (nn.EmbeddingBag(5, 4), "a table, no product"),
-    "lstm": (nn.LSTM(4, 4), "LSTM has no 4-bit form"),
+    "lstm": (nn.LSTM(4, 4), "LSTM has no low-precision form"),
     "subclass": (MyLinear(4, 4), "MyLinear is a subclass of Linear"),
     "attention subclass": (MyAttention(4, 2), "MyAttention is a subclass of MultiheadAttention"),
     "lazy": (nn.LazyLinear(4), "lazy: run one batch"),
     "lazy convolution": (nn.LazyConv2d(4, 3), "lazy: run one batch"),
     "parametrised": (parametrizations.weight_norm(nn.Linear(4, 4)), "parametrised"),
-    "transposed": (nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d has no 4-bit form"),
-    "bilinear": (nn.Bilinear(4, 4, 4), "Bilinear has no 4-bit form"),
+    "transposed": (nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d has no low-precision form"),
+    "bilinear": (nn.Bilinear(4, 4, 4), "Bilinear has no low-precision form"),
     "bias_k": (nn.MultiheadAttention(4, 2, add_bias_kv=True), "add_bias_kv"),
     "zero attention": (nn.MultiheadAttention(4, 2, add_zero_attn=True), "add_zero_attn"),
 }

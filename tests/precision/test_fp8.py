@@ -19,9 +19,14 @@ from lightning_eff.precision.config import FP8Config
 from lightning_eff.precision.convert import convert
 from tests.precision.models import parameters_of, task, trainer
 
-CONFIG = FP8Config(exempt_first_last=False)
+CONFIG = FP8Config(exempt_first_last=False, filter_slow=False)
 BF16 = 2.0**-8
 """Relative rounding of a sum to bfloat16, the one rounding beside the casts."""
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_eff.precision.config.SLOW_FEATURES", 0)
 
 
 def close(ours: torch.Tensor | None, theirs: torch.Tensor, terms: int) -> None:

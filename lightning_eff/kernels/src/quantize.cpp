@@ -189,6 +189,26 @@ void scale_any(const void* acc, int type, int64_t rows, int64_t cols, float scal
     else scale_rows(static_cast<const uint16_t*>(acc), rows, cols, scale, bias, out, stride, threads);
 }
 
+template <class In, class Out>
+void scale_vectors(const In* acc, int64_t rows, int64_t cols, const float* left, const float* right, float factor,
+                   const float* bias, Out* out, int threads) {
+    #pragma omp parallel for num_threads(threads) if (rows * cols >= PARALLEL)
+    for (int64_t r = 0; r < rows; ++r) {
+        const In* a = acc + r * cols; Out* o = out + r * cols;
+        const float scale = left[r] * factor;
+        if (bias) for (int64_t c = 0; c < cols; ++c) o[c] = Store<Out>::from(widen(a[c]) * scale * right[c] + bias[c]);
+        else for (int64_t c = 0; c < cols; ++c) o[c] = Store<Out>::from(widen(a[c]) * scale * right[c]);
+    }
+}
+
+template <class Out>
+void scale_vectors_any(const void* acc, int type, int64_t rows, int64_t cols, const float* left, const float* right,
+                       float factor, const float* bias, Out* out, int threads) {
+    if (type == 0) scale_vectors(static_cast<const float*>(acc), rows, cols, left, right, factor, bias, out, threads);
+    else if (type == 1) scale_vectors(static_cast<const int32_t*>(acc), rows, cols, left, right, factor, bias, out, threads);
+    else scale_vectors(static_cast<const uint16_t*>(acc), rows, cols, left, right, factor, bias, out, threads);
+}
+
 inline void copy_bytes(int8_t* to, const int8_t* from, int64_t bytes) {
     int64_t i = 0;
     for (; i + 64 <= bytes; i += 64) std::memcpy(to + i, from + i, 64);
@@ -325,6 +345,13 @@ void eff_scale(const void* acc, int acc_type, int64_t rows, int64_t cols, const 
     const float scale = *scale_a * *scale_b * factor;
     if (out_type == 0) scale_any(acc, acc_type, rows, cols, scale, bias, static_cast<float*>(out), stride, threads);
     else scale_any(acc, acc_type, rows, cols, scale, bias, static_cast<uint16_t*>(out), stride, threads);
+}
+
+// out[r, c] = acc[r, c] * (scale_a[r] * factor) * scale_b[c] + bias[c], all contiguous; types as in eff_scale.
+void eff_scale_rows(const void* acc, int acc_type, int64_t rows, int64_t cols, const float* scale_a, const float* scale_b,
+                    float factor, const float* bias, void* out, int out_type, int threads) {
+    if (out_type == 0) scale_vectors_any(acc, acc_type, rows, cols, scale_a, scale_b, factor, bias, static_cast<float*>(out), threads);
+    else scale_vectors_any(acc, acc_type, rows, cols, scale_a, scale_b, factor, bias, static_cast<uint16_t*>(out), threads);
 }
 
 // Gather for convolution as a product:

@@ -1,0 +1,93 @@
+"""``precision="fp8-fit" | "fp6-fit"``: gradients in the float format that suits each layer.
+
+References:
+    Chmiel, Ben-Uri, Shkolnik, Hoffer, Banner, Soudry, Neural gradients are near-lognormal: improved quantized and
+    sparse training, ICLR 2021, arXiv:2006.08173, section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from rich.table import Table
+
+from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.precision.base import QuantizedPrecisionMixin
+from lightning_eff.precision.config import FittedConfig, OnNonFinite, options_from, variant_of
+from lightning_eff.precision.fitted_format import FittedScale
+
+VARIANTS = {8: "fp8-fit", 6: "fp6-fit"}
+"""Bits -> string."""
+
+
+class FittedMixin(QuantizedPrecisionMixin):
+    """8- or 6-bit training whose gradient format is chosen for every layer from the spread of its own gradients.
+
+    The magnitudes of a layer's output gradient are close to lognormal; their deviation decides how many of the bits are
+    best spent on the exponent. Inputs and weights are E4M3 (8 bits) or E2M3 (6 bits) with one dynamic scale per tensor.
+    Products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D multiply these values as bfloat16,
+    which holds them exactly, with float32 sums. Inputs are kept for backward as one byte per element.
+
+    Args:
+        bits: 8 or 6.
+        refit_every_n_steps: optimizer steps between two fits; within the first n steps also at 1, 2, 4, 8, ...
+        scale: where the format is placed. ``"max"``: its top at the tensor's largest magnitude. ``"mean"``: as
+            published, three octaves above the mean of log2|g| at the last fit; larger values saturate.
+        gradient_rounding: ``"nearest"`` (ties to even) or ``"stochastic"``, unbiased.
+        exempt: name patterns (``"*.head"``) of layers to leave in high precision.
+        exempt_first_last: leave the first and the last layer in high precision (an embedding counts as the first).
+        pack_relu: let ``nn.ReLU`` modules keep one bit per element for backward; their numbers do not change.
+        measure_every_n_steps: log the ``eff/fp8-fit/*`` figures every n optimizer steps, at the cost of a few passes
+            over the tensors in those steps; 0 never.
+        on_nonfinite: ``"raise"`` before a NaN or Inf gradient reaches a parameter, or ``"warn"``.
+
+    Raises:
+        ConfigurationError: an option is outside its range, or contradicts the string the method was asked for by.
+
+    State: ``phase``, ``memory`` (each layer's format), and for stochastic rounding ``seed`` and ``calls``, under the
+    class name in the checkpoint.
+    Randomness: with ``gradient_rounding="stochastic"`` a hash of (``torch.initial_seed()``, a counter, the rank);
+    torch's generators are not touched.
+    """
+
+    info: MethodInfo = METHODS["fp8-fit"]
+    products: ClassVar[tuple[str, str]] = ("native", "as bfloat16, float32 sums")
+
+    def __init__(
+        self,
+        *,
+        bits: Literal[8, 6] = 8,
+        refit_every_n_steps: int = 100,
+        scale: FittedScale = "max",
+        gradient_rounding: Literal["nearest", "stochastic"] = "nearest",
+        exempt: Sequence[str] = (),
+        exempt_first_last: bool = True,
+        pack_relu: bool = True,
+        measure_every_n_steps: int = 1000,
+        on_nonfinite: OnNonFinite = "raise",
+    ) -> None:
+        options = options_from(locals())
+        super().__init__()
+        self._eff_init(**options)
+
+    def _eff_init(self, bits: Literal[8, 6] | None = None, **options: Any) -> None:
+        """Set up after construction, or after a graft, which has said by which string it was asked for."""
+        bits = variant_of(self, "bits", bits, VARIANTS)
+        forward = "E4M3" if bits == 8 else "E2M3"
+        self.formats = f"{forward} x {forward}, FP{bits} fitted"
+        self._begin(FittedConfig(bits=bits, **options))
+
+    def chosen(self) -> dict[str, str]:
+        """Layer name -> the split its gradients have now, ``"1-4-3"`` for instance."""
+        formats = {name: state.memories["grad"].estimate.format for name, state in self.states().items()}
+        return {name: f"1-{fmt.exponent_bits}-{fmt.mantissa_bits}" for name, fmt in formats.items()}
+
+    def _verdict(self) -> list[str | Table]:
+        """The formats the layers ended with."""
+        table = Table(title=f"{self.info.name}: gradient formats at the end", title_justify="left")
+        for column in ("layer", "sign-exponent-mantissa"):
+            table.add_column(column, overflow="fold")
+        for name, split in self.chosen().items():
+            table.add_row(name or "(model)", split)
+        return [*super()._verdict(), table]
