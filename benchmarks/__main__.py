@@ -22,7 +22,7 @@ def plan(*, tiny: bool, with_peers: bool) -> list[tuple[Callable[[Sequence[str]]
             (compile_time.main, ["--rounds", "1", "--tiny"]),
             (quality.main, ["--seeds", "1", "--tiny"]),
         ]
-    variants = step.DEFAULT_VARIANTS + (",qpytorch,brevitas" if with_peers else "")
+    variants = step.DEFAULT_VARIANTS + (",qpytorch,brevitas,torchao" if with_peers else "")
     implementations = "fast,naive" + (",qpytorch" if with_peers else "")
     return [
         (quantizers.main, ["--impl", implementations, "--rounds", "5"]),

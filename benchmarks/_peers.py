@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +14,11 @@ from torch import Tensor, nn
 
 from benchmarks._workloads import Workload
 
-__all__ = ["brevitas", "qpytorch"]
+__all__ = ["CONVERT", "PEERS", "UnsupportedError", "brevitas", "qpytorch", "torchao"]
+
+
+class UnsupportedError(Exception):
+    """The peer has no form of any layer that is to be converted."""
 
 
 def _replace(model: nn.Module, names: list[str], make: Callable[[Any], nn.Module]) -> None:
@@ -61,3 +69,48 @@ def brevitas(work: Workload) -> None:
         return made.to(layer.weight.device)
 
     _replace(work.model, work.converted_names(), convert)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep warnings about another platform's extensions out of the output; restore what was disabled before."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def torchao(work: Workload, recipe: str) -> None:
+    """Convert the linear layers among those that are quantised to torchao's float8 training.
+
+    On a CPU its products are emulated (``emulate=True``): operands are rounded to FP8 and multiplied in fp32. On CUDA
+    its own kernels run.
+
+    Args:
+        work: converted in place.
+        recipe: ``tensorwise`` or ``rowwise``, torchao's names.
+
+    Raises:
+        UnsupportedError: none of the layers is linear.
+    """
+    with _silenced():
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        names = {name for name in work.converted_names() if isinstance(work.model.get_submodule(name), nn.Linear)}
+        if not names:
+            raise UnsupportedError(
+                "torchao's float8 training converts linear layers, and this model has none to convert"
+            )
+        config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=work.x.device.type == "cpu")
+        convert_to_float8_training(work.model, config=config, module_filter_fn=lambda _module, name: name in names)
+
+
+CONVERT: dict[str, Callable[[Workload], None]] = {
+    "brevitas": brevitas,
+    "torchao": functools.partial(torchao, recipe="tensorwise"),
+    "torchao-rowwise": functools.partial(torchao, recipe="rowwise"),
+}
+"""Peer -> conversion of the layers; QPyTorch wraps the optimiser as well."""
+PEERS = ("qpytorch", *CONVERT)

@@ -25,7 +25,7 @@ __all__ = ["Report", "Row", "add_common_arguments", "machine"]
 
 RESULTS = Path(__file__).parent / "results"
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "i8mm")
-PACKAGES = ("lightning-eff", "torch", "lightning", "qtorch", "brevitas")
+PACKAGES = ("lightning-eff", "torch", "lightning", "qtorch", "brevitas", "torchao")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,10 +13,19 @@ from benchmarks import _peers
 from benchmarks._measure import Step
 from benchmarks._workloads import Workload
 
-__all__ = ["LUQ_VARIANTS", "VARIANTS", "autocast", "convert", "training_step"]
+__all__ = [
+    "BF16_UPDATES",
+    "FAMILY",
+    "FORMATS",
+    "LUQ_VARIANTS",
+    "VARIANTS",
+    "convert",
+    "expand",
+    "prepare",
+    "training_step",
+]
 
 LUQ_VARIANTS: dict[str, dict[str, Any]] = {
-    "luq4": {},
     "luq4-smp2": {"samples": 2},
     "luq4-hindsight": {"hindsight": 0.1},
     "luq4-emulated": {"products": "emulated"},
@@ -28,16 +37,61 @@ LUQ_VARIANTS: dict[str, dict[str, Any]] = {
 compiled kernels: plain torch, as on a machine without a C++ compiler.
 """
 
-VARIANTS = ("fp32", "bf16-mixed", *LUQ_VARIANTS, "luq4+bf16-mixed", "fp8", "fp8+bf16-mixed", "qpytorch", "brevitas")
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "luq4": ("LUQConfig", {}),
+    "fp8": ("FP8Config", {}),
+    "fp8-rowwise": ("FP8Config", {"scaling": "rowwise"}),
+    "fp8-delayed": ("FP8Config", {"scaling": "delayed"}),
+    "fp8-fit": ("FittedConfig", {"bits": 8}),
+    "fp6-fit": ("FittedConfig", {"bits": 6}),
+    "flexpoint16": ("FlexpointConfig", {}),
+    "dfp16": ("IntegerConfig", {}),
+    "bf16-emulated": ("BF16EmulatedConfig", {}),
+    **{variant: ("LUQConfig", options) for variant, options in LUQ_VARIANTS.items()},
+}
+"""Variant with converted layers -> class in ``lightning_eff.precision.config`` and its options. Each also exists with
+``+bf16-mixed``."""
+
+BF16_UPDATES = {"bf16-sr": "sr", "bf16-kahan": "kahan", "bf16-split": "split"}
+"""Variant with bfloat16 weights -> ``update`` of ``lightning_eff.optim.bf16_updates``."""
+
+VARIANTS = (
+    *("fp32", "bf16-mixed", "bf16-true", *BF16_UPDATES),
+    *(f"{name}{base}" for base in ("", "+bf16-mixed") for name in FORMATS),
+    *_peers.PEERS,
+)
+FAMILY = (
+    *("fp32", "bf16-mixed", "bf16-true", *BF16_UPDATES, *(name for name in FORMATS if name not in LUQ_VARIANTS)),
+    *_peers.PEERS,
+)
+"""The comparison of every method with what else there is; ``--variants family``."""
 
 
-def convert(work: Workload, method: str = "luq4", **options: Any) -> Any:
-    """Convert the workload's layers in place to the format of ``method`` and return the library's ``Conversion``."""
-    from lightning_eff.precision.config import FP8Config, LUQConfig
+def expand(variants: str, *, family: Iterable[str] = FAMILY) -> list[str]:
+    """Return the variants of a comma-separated list, in which the word ``family`` stands for several.
+
+    Example:
+        >>> expand("luq4,family", family=["fp32", "luq4", "fp8"])
+        ['luq4', 'fp32', 'fp8']
+    """
+    names = [name for given in variants.split(",") for name in (family if given == "family" else (given,))]
+    return list(dict.fromkeys(names))
+
+
+def convert(work: Workload, variant: str = "luq4", **options: Any) -> Any:
+    """Convert the workload's layers in place to a format of :data:`FORMATS` and return the library's ``Conversion``.
+
+    The same layers for every format: none is left out because it is small.
+    """
+    from lightning_eff.precision import config
     from lightning_eff.precision.convert import convert as convert_layers
 
-    make = {"luq4": LUQConfig, "fp8": FP8Config}[method]
-    return convert_layers(work.model, make(exempt_first_last=work.exempt_first_last, **options))
+    name, fixed = FORMATS[variant]
+    make = getattr(config, name)
+    every = {"filter_slow": False} if "filter_slow" in make.__dataclass_fields__ else {}
+    return convert_layers(
+        work.model, make(**{"exempt_first_last": work.exempt_first_last, **every, **fixed, **options})
+    )
 
 
 def autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -65,28 +119,38 @@ def without_kernels() -> Iterator[None]:
         library()
 
 
-def training_step(variant: str, work: Workload) -> Step:
-    """Prepare ``work`` for ``variant`` and return its training step with SGD, momentum 0.9.
+def prepare(work: Workload, variant: str) -> tuple[Workload, Callable[[], AbstractContextManager[Any]]]:
+    """Bring a workload into the number format of ``variant``: return it, and the context of its forward pass.
 
     Raises:
         KeyError: the variant is not one of :data:`VARIANTS`.
+        UnsupportedError: a peer has nothing to convert in this model.
     """
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if variant.endswith("bf16-mixed"):
-        context = autocast(work.x.device.type)
-    if variant.startswith("luq4"):
-        convert(work, **LUQ_VARIANTS[variant.partition("+")[0]])
-    elif variant.startswith("fp8"):
-        convert(work, "fp8")
-    elif variant == "brevitas":
-        _peers.brevitas(work)
-    elif variant not in VARIANTS:
+    method, _, base = variant.partition("+")
+    if variant not in VARIANTS:
         raise KeyError(variant)
+    if method in FORMATS:
+        convert(work, method)
+    elif method == "bf16-true" or method in BF16_UPDATES:
+        work = work.in_bf16()
+    elif method in _peers.CONVERT:
+        _peers.CONVERT[method](work)
+    context = autocast(work.x.device.type) if "bf16-mixed" in (method, base) else nullcontext
+    return work, context
+
+
+def training_step(variant: str, work: Workload) -> Step:
+    """Prepare ``work`` for ``variant`` and return its training step with SGD, momentum 0.9. Raises as it does."""
+    work, context = prepare(work, variant)
     optimizer: Any = torch.optim.SGD(work.model.parameters(), lr=1e-3, momentum=0.9)
     if variant == "qpytorch":
         optimizer = _peers.qpytorch(work, optimizer)
+    elif variant in BF16_UPDATES:
+        from lightning_eff.optim import bf16_updates
 
-    around = without_kernels if variant == "luq4-fallback" else nullcontext
+        bf16_updates(optimizer, update=BF16_UPDATES[variant])
+
+    around = without_kernels if variant.startswith("luq4-fallback") else nullcontext
 
     def step() -> None:
         with around():

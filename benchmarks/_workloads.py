@@ -39,6 +39,11 @@ class Workload:
         """Run the model on the micro-batch and return the cross-entropy, computed in fp32."""
         return F.cross_entropy(self.model(self.x).float().flatten(0, -2), self.targets)
 
+    def in_bf16(self) -> Workload:
+        """Convert the model in place to bfloat16, as ``bf16-true`` does, and return the workload with such inputs."""
+        self.model.to(torch.bfloat16)
+        return replace(self, x=self.x.to(torch.bfloat16) if self.x.is_floating_point() else self.x)
+
     def converted_names(self) -> list[str]:
         """Return the names of the layers that are quantised: linear layers and convolutions but the exempt ones.
 

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks._report import Report, Row, add_common_arguments
-from benchmarks._setup import LUQ_VARIANTS, autocast, convert
+from benchmarks._setup import FAMILY, FORMATS, expand, prepare
+from benchmarks._setup import VARIANTS as STEP_VARIANTS
 from benchmarks._stats import Spread
 from benchmarks._workloads import MODELS, workload
 from examples.common.saved import held_by_graph, record_all, record_saved
 
 TARGET = 0.15
 """Largest accepted bytes of the quantised layers / the same layers in fp32: INT4 is 0.125, the rest is scales."""
-VARIANTS = ("bf16-mixed", "luq4", "luq4-smp2", "luq4-emulated", "luq4+bf16-mixed", "fp8", "fp8+bf16-mixed")
+COUNTED = {"bf16-mixed", "bf16-true", *FORMATS} - {"luq4-fallback"}
+VARIANTS = tuple(variant for variant in STEP_VARIANTS if variant.partition("+")[0] in COUNTED)
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,7 @@ def count(model: str, variant: str, options: argparse.Namespace) -> Kept:
     """Return what ``variant`` keeps in a step after the first, which fills caches."""
     work = workload(model, device=options.device, tiny=options.tiny)
     layers = [work.model.get_submodule(name) for name in work.converted_names()]
-    method, _, _ = variant.partition("+")
-    if method in LUQ_VARIANTS:
-        convert(work, **LUQ_VARIANTS[method])
-    elif method == "fp8":
-        convert(work, "fp8")
-    context = autocast(options.device) if variant.endswith("bf16-mixed") else nullcontext
+    work, context = prepare(work, variant)
     with context():
         work.loss().backward()
     with context(), record_saved(layers) as inside:
@@ -63,6 +59,11 @@ def count(model: str, variant: str, options: argparse.Namespace) -> Kept:
     return Kept(inside.activation_bytes, everything.activation_bytes - inside.weight_bytes, weights)
 
 
+def wanted(variants: str) -> list[str]:
+    """Return the listed variants; of ``family`` those that keep other bytes than fp32."""
+    return expand(variants, family=[variant for variant in FAMILY if variant in VARIANTS])
+
+
 def same(value: float) -> Spread:
     """Return a figure without spread: a count, not a timing."""
     return Spread(value, value, value)
@@ -71,7 +72,7 @@ def same(value: float) -> Spread:
 def measure(report: Report, model: str, options: argparse.Namespace) -> None:
     """Add the rows of one model."""
     base = count(model, "fp32", options)
-    for variant in options.variants.split(","):
+    for variant in wanted(options.variants):
         kept = count(model, variant, options)
         target = TARGET if variant.startswith("luq4") and not options.tiny else None
         rows = (
@@ -94,12 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--model", default="mlp,gpt,resnet", help=f"comma-separated, of {', '.join(MODELS)}")
-    parser.add_argument("--variants", default="bf16-mixed,luq4", help=f"comma-separated, of {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--variants", default="bf16-mixed,luq4", help=f"comma-separated, of family, {', '.join(VARIANTS)}"
+    )
     parser.add_argument("--tiny", action="store_true", help="sizes for testing the benchmark itself")
     add_common_arguments(parser)
     options = parser.parse_args(argv)
-    if unknown := set(options.variants.split(",")) - set(VARIANTS):
-        parser.error(f"unknown variants {sorted(unknown)}; known: {', '.join(VARIANTS)}")
+    if unknown := set(wanted(options.variants)) - set(VARIANTS):
+        parser.error(f"unknown variants {sorted(unknown)}; known: family, {', '.join(VARIANTS)}")
     torch.manual_seed(0)
     report = Report("memory", ("model", "scope", "MiB", "fp32 MiB"))
     for model in options.model.split(","):

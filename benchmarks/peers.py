@@ -1,8 +1,8 @@
 """Install the libraries we compare with, in an environment of their own: ``python -m benchmarks.peers setup``.
 
-QPyTorch and Brevitas pin or pull packages that do not belong in a development environment (Brevitas an old setuptools,
-QPyTorch a C++ extension compiled at its first import). A benchmark that is asked for a peer restarts itself with that
-environment's Python, so that the peer and ours are timed side by side in one process.
+QPyTorch, Brevitas and torchao pin or pull packages that do not belong in a development environment (Brevitas an old
+setuptools, QPyTorch a C++ extension compiled at its first import). A benchmark that is asked for a peer restarts itself
+with that environment's Python, so that the peer and ours are timed side by side in one process.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = Path(os.environ.get("LIGHTNING_EFF_PEERS", ROOT / ".venv-peers"))
-MODULES = {"qpytorch": "qtorch", "brevitas": "brevitas"}
-REQUIREMENTS = ("qtorch==0.3.0", "ninja", "brevitas==0.13.4", "rich", "scikit-learn")
+MODULES = {"qpytorch": "qtorch", "brevitas": "brevitas", "torchao": "torchao", "torchao-rowwise": "torchao"}
+REQUIREMENTS = ("qtorch==0.3.0", "ninja", "brevitas==0.13.4", "torchao==0.18.0", "rich", "scikit-learn")
 HOW = "python -m benchmarks.peers setup"
 
 __all__ = ["ENVIRONMENT", "MODULES", "enter", "missing"]

@@ -118,26 +118,29 @@ class DelayedScale:
 
         max_abs(t) = 2^margin * max(amax(t - 1), ..., amax(t - history))
 
-    It saves the pass over the tensor for its maximum; what grows beyond it saturates. The first step has the scale one
-    (``max_abs`` is the format's largest value); steps without a positive finite maximum leave the estimate as it is.
+    It saves the pass over the tensor for its maximum; what grows beyond it saturates. Steps without a positive finite
+    maximum leave the estimate as it is.
 
     Args:
-        dtype: the format.
         history: steps looked back on, l.
         margin: octaves of headroom above the largest one seen.
 
+    Attributes:
+        max_abs: None before the first step, whose scale has to come from its own tensor.
+
     Example:
-        >>> scale = DelayedScale(E4M3, history=2)
-        >>> [(scale.update(amax), scale.max_abs)[1] for amax in (2.0, 8.0, 4.0, 1.0, 0.0)]
-        [2.0, 8.0, 8.0, 4.0, 1.0]
+        >>> scale = DelayedScale(history=2)
+        >>> [(scale.update(amax), scale.max_abs)[1] for amax in (0.0, 2.0, 8.0, 4.0, 1.0, 0.0)]
+        [None, 2.0, 8.0, 8.0, 4.0, 1.0]
 
     References:
-        Transformer Engine, recipe DelayedScaling (history 1024, margin 0, "max").
+        Transformer Engine, recipe DelayedScaling (history 1024, margin 0, "max"). Differs: it begins with the scale
+        one, where small gradients vanish.
     """
 
-    def __init__(self, dtype: torch.dtype, *, history: int = 1024, margin: int = 0) -> None:
+    def __init__(self, *, history: int = 1024, margin: int = 0) -> None:
         self.margin = margin
-        self.max_abs = LARGEST[dtype]
+        self.max_abs: float | None = None
         self._seen: deque[float] = deque(maxlen=history)
 
     def update(self, observed: float) -> None:
@@ -154,4 +157,4 @@ class DelayedScale:
         """Undo :meth:`state_dict`."""
         self._seen.clear()
         self._seen.extend(state["history"])
-        self.max_abs = float(state["max_abs"])
+        self.max_abs = state["max_abs"]

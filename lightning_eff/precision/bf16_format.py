@@ -44,7 +44,7 @@ class BF16Format(Format):
         codes = self._encode(x, keep=save)
         if not save:
             return codes, None
-        return codes, SavedInput(codes.codes.view(torch.uint8).reshape(-1), codes.scale.reshape(1))
+        return codes, SavedInput(codes.codes.reshape(-1).view(torch.uint8), codes.scale.reshape(1))
 
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
         """What was kept."""

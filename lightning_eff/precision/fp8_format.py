@@ -16,6 +16,7 @@ from lightning_eff.kernels.capability import native_fp8
 from lightning_eff.kernels.fp8 import fp8_decode, fp8_encode
 from lightning_eff.kernels.fp8_rows import fp8_encode_along, fp8_encode_both
 from lightning_eff.kernels.products import scratch
+from lightning_eff.kernels.quantize import largest_magnitude
 from lightning_eff.precision.formats import Format, GradCodes, SavedInput, WeightCodes
 from lightning_eff.precision.memory import Memory
 
@@ -43,15 +44,16 @@ class FP8Format(Format):
         if self.config.scaling != "delayed":
             return {}
         options = {"history": self.config.history, "margin": self.config.margin}
-        roles = {"input": E4M3, "weight": E4M3, "grad": E5M2}
-        return {role: Memory(DelayedScale(dtype, **options)) for role, dtype in roles.items()}
+        return {role: Memory(DelayedScale(**options)) for role in ("input", "weight", "grad")}
 
     def _encode(
         self, role: str, x: Tensor, dtype: torch.dtype, state: LayerState, *, keep: bool = False
     ) -> tuple[Codes, Tensor | None]:
         """Codes as the products want them; with delayed scaling, the maximum of ``x`` goes to the role's memory."""
-        memory, observed = state.memories.get(role), None
+        memory, observed, max_abs = state.memories.get(role), None, None
         if memory is not None:
+            max_abs = memory.estimate.max_abs
+            max_abs = float(largest_magnitude(x)) if max_abs is None else max_abs
             observed = torch.empty((), dtype=torch.float32, device=x.device)
         native = self.native(x.device)
         codes, kept = fp8_encode(
@@ -60,7 +62,7 @@ class FP8Format(Format):
             power_of_two=self.config.whole_octaves,
             keep=keep or native,
             out=None if role == "weight" else _buffer(role, x),
-            max_abs=None if memory is None else memory.estimate.max_abs,
+            max_abs=max_abs,
             observed=observed,
         )
         if memory is not None and observed is not None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import peers
+from benchmarks import _peers, _setup, peers
+from benchmarks._float16 import Float16Unscaled
 from benchmarks._measure import clock_for, interleave, threads
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import Spread, ratio, spread
@@ -98,16 +99,48 @@ def test_workloads_know_their_layers() -> None:
     assert not {"stem", "head"} & set(names)
 
 
+@pytest.mark.parametrize("variant", _setup.FORMATS)
 @pytest.mark.parametrize("model", ["mlp", "gpt", "resnet"])
-def test_the_library_converts_the_same_layers(model: str) -> None:
-    from benchmarks._setup import convert
+def test_the_library_converts_the_same_layers(model: str, variant: str) -> None:
     from benchmarks._workloads import workload
 
     work = workload(model, tiny=True)
     names = work.converted_names()
-    conversion = convert(work)
+    conversion = _setup.convert(work, variant)
     assert list(conversion.states) == names
     conversion.undo()
+
+
+def test_the_family_holds_every_method_and_peer() -> None:
+    from lightning_eff.methods import METHODS
+
+    assert {name for name, info in METHODS.items() if info.kind == "precision"} <= set(_setup.FAMILY)
+    assert set(peers.MODULES) == set(_peers.PEERS) <= set(_setup.FAMILY) <= set(_setup.VARIANTS)
+    assert _setup.expand("family,luq4") == list(_setup.FAMILY)
+
+
+def test_unknown_variants_have_no_step() -> None:
+    from benchmarks._workloads import workload
+
+    with pytest.raises(KeyError, match="luq5"):
+        _setup.training_step("luq5", workload("mlp", tiny=True))
+
+
+def test_the_float16_control_loses_what_float16_loses() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1, bias=False))
+    weight, x = net[0].weight.detach().clone(), torch.randn(8, 4)
+    plain = net(x)
+    Float16Unscaled().setup(None, net, "fit")  # type: ignore[arg-type]
+    y = net(x)
+    assert torch.equal(y, y.half().float())
+    assert 0 < (y - plain).abs().max() < 1e-2
+    (y.sum() * 1e-9).backward()
+    assert [bool((p.grad == 0).all()) for p in net.parameters()] == [True] * 3, "below float16's smallest number"
+    net(x).sum().backward()
+    grads = [p.grad for p in net.parameters()]
+    assert all(torch.equal(g, g.half().float()) and bool((g != 0).any()) for g in grads)
+    assert not net(x * 1e6).isfinite().any()
+    assert torch.equal(net[0].parametrizations.weight.original, weight)
 
 
 def test_held_by_graph_finds_what_hooks_do_not_see() -> None:

@@ -10,7 +10,6 @@ import torch
 
 from lightning_eff.functional import DelayedScale, HindsightMax
 from lightning_eff.functional.flexpoint import Autoflex
-from lightning_eff.functional.fp8 import E4M3
 from lightning_eff.functional.lognormal import FittedFormat
 from lightning_eff.precision.integer_format import AgreedAutoflex
 from lightning_eff.precision.memory import Memory, advance
@@ -19,7 +18,7 @@ from tests.harness import run_ranks
 CPU = torch.device("cpu")
 ESTIMATES = {
     "hindsight": lambda: HindsightMax(0.5),
-    "delayed": lambda: DelayedScale(E4M3, history=3),
+    "delayed": lambda: DelayedScale(history=3),
     "autoflex": Autoflex,
     "agreed autoflex": AgreedAutoflex,
 }
