@@ -54,8 +54,6 @@ class FittedFormatOfLayer(Format):
 
     config: FittedConfig
 
-    one_code_for_all = True  # what is remembered is the gradient's
-
     def native(self, device: torch.device) -> bool:
         """Never: values are multiplied as bfloat16, which holds them exactly."""
         return False

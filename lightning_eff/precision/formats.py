@@ -46,11 +46,8 @@ class Format(ABC):
 
     nibbles: int = 2
     """Half bytes kept for backward per element of an input."""
-
-    @property
-    def one_code_for_all(self) -> bool:
-        """Whether layers that read one input give it the same codes, and the ones kept are those of the output."""
-        return not self.memories()
+    one_code_for_all: bool = True
+    """Whether the codes kept of an input are those of the output: then layers that read one input share them."""
 
     @abstractmethod
     def native(self, device: torch.device) -> bool:

@@ -34,7 +34,6 @@ class LUQFormat(Format):
     config: LUQConfig
 
     nibbles = 1
-    one_code_for_all = True  # what is remembered is the gradient's
 
     def native(self, device: torch.device) -> bool:
         """Whether products run on int8 units."""

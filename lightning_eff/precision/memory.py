@@ -60,7 +60,7 @@ def advance(memories: Sequence[Memory], device: torch.device) -> None:
     """Update every estimate with what was observed in the step; one synchronisation, one all-reduce with more ranks.
 
     Args:
-        memories: in the same order on every rank.
+        memories: equally many in the same order on every rank; one that several layers share may come several times.
         device: where the ranks' collective runs.
     """
     if not memories:
@@ -71,7 +71,8 @@ def advance(memories: Sequence[Memory], device: torch.device) -> None:
     seen = torch.where(seen.isnan(), torch.inf, seen)  # every backend agrees on the largest of these
     if ranks:
         dist.all_reduce(seen, dist.ReduceOp.MAX)
-    for memory, values in zip(memories, seen.cpu().split([m.numbers for m in memories]), strict=True):
+    observed = dict(zip(memories, seen.cpu().split([m.numbers for m in memories]), strict=True))
+    for memory, values in observed.items():
         memory.forget()
         if (found := values.tolist())[0] != _NOTHING:
             memory.estimate.update(*found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.random import rank_seed
 from lightning_eff.kernels.quantize import fingerprint
 from lightning_eff.precision.formats import GradCodes, SavedInput, WeightCodes
+from lightning_eff.precision.memory import Memory
 
 if TYPE_CHECKING:
     from lightning_eff.precision.config import LayerConfig
@@ -57,6 +58,14 @@ class SeedStream:
 Arrange = Callable[[Tensor], Tensor]
 
 
+class Kept(NamedTuple):
+    """An input as it was kept: its codes, their shape, and the memory its scale was predicted from, if it was."""
+
+    saved: SavedInput
+    shape: torch.Size
+    memory: Memory | None
+
+
 class RecentInputs:
     """The last inputs that were encoded for backward: layers that share an input share its codes.
 
@@ -68,22 +77,19 @@ class RecentInputs:
     """A residual block reads its input, then something else, then its input again for the shortcut."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[weakref.ref[Tensor], tuple[Any, ...], SavedInput, torch.Size]] = []
+        self._entries: list[tuple[weakref.ref[Tensor], tuple[Any, ...], Kept]] = []
 
     @staticmethod
     def _key(x: Tensor, arrange: Arrange) -> tuple[Any, ...]:
         return (x._version, x.data_ptr(), x.shape, x.stride(), x.dtype, arrange, fingerprint(x))
 
-    def find(self, x: Tensor, arrange: Arrange) -> tuple[SavedInput, torch.Size] | None:
+    def find(self, x: Tensor, arrange: Arrange) -> Kept | None:
         """What was kept for ``arrange(x)``, if it is there and ``x`` has not been written to since."""
-        for tensor, key, saved, shape in self._entries:
-            if tensor() is x and key == self._key(x, arrange):
-                return saved, shape
-        return None
+        return next((kept for t, key, kept in self._entries if t() is x and key == self._key(x, arrange)), None)
 
-    def put(self, x: Tensor, arrange: Arrange, saved: SavedInput, shape: torch.Size) -> None:
+    def put(self, x: Tensor, arrange: Arrange, kept: Kept) -> None:
         """Remember what was kept for ``arrange(x)``, in place of the oldest."""
-        entry = (weakref.ref(x), self._key(x, arrange), saved, shape)
+        entry = (weakref.ref(x), self._key(x, arrange), kept)
         self._entries = [entry, *self._entries[: self.CAPACITY - 1]]
 
     def clear(self) -> None:
@@ -167,7 +173,9 @@ class LayerState:
         """Codes of ``arrange(x)`` (in a shared buffer), and what to keep for backward if ``save``."""
         share = share and self.format.one_code_for_all
         if save and share and (kept := self.recent.find(x, arrange)):
-            return self.restore_input(*kept), kept[0]
+            if kept.memory is not None:  # one tensor, one prediction
+                self.memories["input"] = kept.memory
+            return self.restore_input(kept.saved, kept.shape), kept.saved
         values = arrange(x)
         codes, saved = self.format.encode_input(values, self, save=save)
         if self.measure:
@@ -175,7 +183,7 @@ class LayerState:
         if saved is not None:
             self._count(saved.packed.nbytes + saved.scale.nbytes, x.numel() * 4)
             if share:
-                self.recent.put(x, arrange, saved, values.shape)
+                self.recent.put(x, arrange, Kept(saved, values.shape, self.memories.get("input")))
         return codes, saved
 
     def _count(self, kept: int, full: int) -> None:

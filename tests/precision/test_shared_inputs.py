@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.precision.config import LUQConfig
+from lightning_eff.precision.config import FlexpointConfig, FP8Config, LayerConfig, LUQConfig
 from lightning_eff.precision.convert import Conversion, convert
+from lightning_eff.precision.memory import advance
 from lightning_eff.precision.state import RecentInputs
 
 CONFIG = LUQConfig(exempt_first_last=False)
@@ -93,3 +95,29 @@ def test_inputs_are_not_kept_alive() -> None:
     del x
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        FP8Config(scaling="delayed", exempt_first_last=False, filter_slow=False),
+        FlexpointConfig(),
+    ],
+    ids=["fp8-delayed", "flexpoint16"],
+)
+def test_one_tensor_has_one_prediction(options: LayerConfig) -> None:
+    """Layers that read one input share the memory its scale comes from, so that each can encode it alone as well."""
+    torch.manual_seed(0)
+    model = Branches()
+    states = convert(model, options).states
+    memories = [memory for state in states.values() for memory in state.memories.values()]
+    for factor in (1.0, 2.0, 4.0):
+        model(torch.randn(6, 16) * factor).sum().backward()
+        memories = [memory for state in states.values() for memory in state.memories.values()]
+        advance(memories, torch.device("cpu"))
+    first, *others = (state.memories["input"] for state in states.values())
+    assert all(memory is first for memory in others)
+    assert len(first.estimate.state_dict()["history"]) == 3, "observed once a step, however many layers read it"
+    x = torch.randn(6, 16) * 4
+    alone = [state.encode_input(x, lambda t: t, save=False)[0].scale.item() for state in states.values()]
+    assert len(set(alone)) == 1
