@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_eff.precision.layers import apply_linear
+from lightning_eff.precision.layers import STATE, apply_linear
 from lightning_eff.precision.state import LayerState
 
 
 class QuantMultiheadAttention(nn.MultiheadAttention):
-    """:class:`torch.nn.MultiheadAttention` with quantised projections. ``out_proj`` shares this module's state."""
+    """:class:`torch.nn.MultiheadAttention` with quantised projections. ``out_proj`` has a state of its own."""
 
     _eff_state: LayerState
 
@@ -46,7 +46,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
         mask = self._mask(q, k, key_padding_mask, attn_mask)
         causal = is_causal and attn_mask is None
         context, weights = self._attend(q, k, v, mask, causal=causal, need_weights=need_weights)
-        out = apply_linear(context, self.out_proj.weight, self.out_proj.bias, self._eff_state)
+        out = apply_linear(context, self.out_proj.weight, self.out_proj.bias, self.out_proj.__dict__[STATE])
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:

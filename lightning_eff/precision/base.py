@@ -83,9 +83,7 @@ class QuantizedPrecisionMixin:
         elif _rank() == 0:
             native = next(iter(conversion.states.values())).native(device)
             formats = f"{self.formats}: {self.products[not native]}"
-            title = (
-                f"{self.info.name}: {len(conversion.states)} of {len(conversion.rows)} layers with weights converted"
-            )
+            title = f"{self.info.name}: {conversion.layers} of {len(conversion.rows)} layers with weights converted"
             console().print(conversion_table(conversion, title=title, formats=formats))
 
     def states(self) -> dict[str, LayerState]:
@@ -113,8 +111,9 @@ class QuantizedPrecisionMixin:
     def _verdict(self) -> list[str | Table]:
         """What a run prints at its end."""
         kept, full = self.saved_bytes()
+        layers = sum(conversion.layers for _, conversion in self._conversions.values())
         line = (
-            f"{self.info.name}: {len(self.states())} layers trained for {self._steps} steps; for backward they kept "
+            f"{self.info.name}: {layers} layers trained for {self._steps} steps; for backward they kept "
             f"{readable_bytes(kept)} instead of {readable_bytes(full)} in float32 ({kept / full:.3f}x)."
         )
         return [line]

@@ -42,6 +42,11 @@ class Conversion:
     modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     _encoders: list[tuple[nn.Module, int]] = field(default_factory=list)
 
+    @property
+    def layers(self) -> int:
+        """Number of converted layers."""
+        return sum(not row.reason for row in self.rows)
+
     def undo(self) -> None:
         """Give every module its class back; harmless when called twice."""
         for module, kind in self.modules:
@@ -162,6 +167,8 @@ def convert(
         result.rows.append(Layer(name, type(module).__name__, _shape(module), reason))
         if not reason:
             _swap(module, LayerState(name, config, seeds, recent), result)
+            if isinstance(module, nn.MultiheadAttention):  # its two products read and write different tensors
+                _give_state(module.out_proj, LayerState(f"{name}.out_proj".lstrip("."), config, seeds, recent), result)
     known = {id(weight) for _, weight in result.weights}
     result.others = [(name, p) for name, p in model.named_parameters() if id(p) not in known]
     for module in model.modules():
@@ -179,10 +186,15 @@ def _swap(module: nn.Module, state: LayerState, result: Conversion) -> None:
     twin, name = twin_of(module), state.name
     if twin is None:  # _reasons gives every layer without a twin a reason
         raise RuntimeError(f"internal error: {name} has no twin")
-    result.modules.append((module, type(module)))
-    result.states[name] = state
+    kind = type(module)
     result.weights += [(f"{name}.{key}", p) for key, p in module.named_parameters() if p.dim() >= 2]
-    module.__class__ = _with_base(twin, type(module))
+    _give_state(module, state, result)
+    module.__class__ = _with_base(twin, kind)
+
+
+def _give_state(module: nn.Module, state: LayerState, result: Conversion) -> None:
+    result.modules.append((module, type(module)))
+    result.states[state.name] = state
     module.__dict__[STATE] = state
 
 

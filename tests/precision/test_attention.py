@@ -146,6 +146,7 @@ def test_inside_torchs_transformer(norm_first: bool) -> None:
     assert {name.rpartition(".")[2] for name in conversion.states} == {
         "self_attn",
         "multihead_attn",
+        "out_proj",
         "linear1",
         "linear2",
     }
