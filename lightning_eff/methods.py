@@ -51,6 +51,10 @@ class MethodInfo:
         shell: type[Any] = getattr(importlib.import_module(module), attribute)
         return shell
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by name: a plugin that is sent to another process finds the row there."""
+        return _row, (self.name,)
+
     @property
     def strings(self) -> tuple[str, ...]:
         """Every string a user may write for this method.
@@ -62,12 +66,20 @@ class MethodInfo:
         return (self.name, *(f"{self.name}+{other}" for other in self.composes_with))
 
 
+def _row(name: str) -> MethodInfo:
+    return METHODS[name]
+
+
 _QUANTIZED_CONFLICTS = MappingProxyType(
     {
         "16-mixed": "the fp16 loss scaler hides non-finite gradients from the quantiser; use bf16-mixed",
         "16-true": "fp16 gradients underflow before they are quantised; use bf16-true",
-        "fsdp": "not shown to work yet; use strategy='ddp'",
-        "deepspeed": "not shown to work yet; use strategy='ddp'",
+        "fsdp": "FSDP1 is not shown to work; FSDP2 is: ModelParallelStrategy(data_parallel_size=<ranks>, "
+        "tensor_parallel_size=1) and fully_shard in configure_model",
+        "model_parallel": "tensor parallelism splits the layers that are converted; for FSDP2 write "
+        "ModelParallelStrategy(data_parallel_size=<ranks>, tensor_parallel_size=1)",
+        "fabric_deepspeed": "Fabric steps the optimizer past DeepSpeed's engine, which changes the numbers of plain "
+        "training too (lightning 2.6, deepspeed 0.19); use Trainer",
     }
 )
 _FLOAT32_CONFLICTS = MappingProxyType(
@@ -77,6 +89,7 @@ _FLOAT32_CONFLICTS = MappingProxyType(
         "bf16-true": "what lies between the products would have fewer bits than they have; use 32-true",
     }
 )
+_SHARDED = ("single_device", "ddp", "fsdp2", "deepspeed")
 _BF16_CONFLICTS = MappingProxyType(
     {
         "32-true": "float32 weights lose no update; nothing is left to do",
@@ -84,6 +97,7 @@ _BF16_CONFLICTS = MappingProxyType(
         "16-mixed": "its weights are float32 and lose no update; nothing is left to do",
         "16-true": "the weights must be bfloat16; use bf16-true",
         "fsdp": "not shown to work yet; use strategy='ddp'",
+        "fsdp2": "its updates are made for whole parameters, not for shards; use strategy='ddp'",
         "deepspeed": "it has optimizers of its own; use strategy='ddp'",
     }
 )
@@ -115,7 +129,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "Multiplications at Standard Formats. ICLR 2023. https://arxiv.org/abs/2112.10769"
                 ),
                 composes_with=("32-true", "bf16-mixed", "bf16-true"),
-                strategies=("single_device", "ddp"),
+                strategies=_SHARDED,
                 conflicts=_QUANTIZED_CONFLICTS,
                 state_keys=("seed", "calls", "phase", "memory"),
                 metrics={
@@ -133,7 +147,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                 summary="8-bit floating point: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor.",
                 paper=("Micikevicius et al.: FP8 Formats for Deep Learning. 2022. https://arxiv.org/abs/2209.05433"),
                 composes_with=("32-true", "bf16-mixed", "bf16-true"),
-                strategies=("single_device", "ddp"),
+                strategies=_SHARDED,
                 conflicts=_QUANTIZED_CONFLICTS,
                 state_keys=("phase",),
                 metrics=_figures("fp8", "E4M3", top="E5M2"),
@@ -146,7 +160,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                 summary="8-bit floating point: E4M3 everywhere, a dynamic scale for each row of a product.",
                 paper=("Micikevicius et al.: FP8 Formats for Deep Learning. 2022. https://arxiv.org/abs/2209.05433"),
                 composes_with=("32-true", "bf16-mixed", "bf16-true"),
-                strategies=("single_device", "ddp"),
+                strategies=_SHARDED,
                 conflicts=_QUANTIZED_CONFLICTS,
                 state_keys=("phase",),
                 metrics=_figures("fp8-rowwise", "E4M3", top="E4M3"),
@@ -159,7 +173,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                 summary="8-bit floating point: E4M3 and E5M2, scales from the largest magnitudes of the steps before.",
                 paper=("Micikevicius et al.: FP8 Formats for Deep Learning. 2022. https://arxiv.org/abs/2209.05433"),
                 composes_with=("32-true", "bf16-mixed", "bf16-true"),
-                strategies=("single_device", "ddp"),
+                strategies=_SHARDED,
                 conflicts=_QUANTIZED_CONFLICTS,
                 state_keys=("phase", "memory"),
                 metrics=_figures("fp8-delayed", "E4M3", top="E5M2"),
@@ -175,7 +189,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "quantized and sparse training. ICLR 2021. https://arxiv.org/abs/2006.08173"
                 ),
                 composes_with=("32-true", "bf16-mixed", "bf16-true"),
-                strategies=("single_device", "ddp"),
+                strategies=_SHARDED,
                 conflicts=_QUANTIZED_CONFLICTS,
                 state_keys=("seed", "calls", "phase", "memory"),
                 metrics=_figures("fp8-fit", "E4M3", top="the format"),
@@ -191,7 +205,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "quantized and sparse training. ICLR 2021. https://arxiv.org/abs/2006.08173"
                 ),
                 composes_with=("32-true", "bf16-mixed", "bf16-true"),
-                strategies=("single_device", "ddp"),
+                strategies=_SHARDED,
                 conflicts=_QUANTIZED_CONFLICTS,
                 state_keys=("seed", "calls", "phase", "memory"),
                 metrics=_figures("fp6-fit", "E2M3", top="the format"),
@@ -209,7 +223,11 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                 ),
                 composes_with=("32-true",),
                 strategies=("single_device", "ddp"),
-                conflicts=_FLOAT32_CONFLICTS,
+                conflicts={
+                    **_FLOAT32_CONFLICTS,
+                    "fsdp2": "it rounds whole weights after each step, and ranks hold shards; use strategy='ddp'",
+                    "deepspeed": "it rounds whole weights after each step, and ZeRO keeps its own; use strategy='ddp'",
+                },
                 state_keys=("seed", "calls", "phase", "memory", "weights"),
                 metrics={
                     **_figures("flexpoint16", "int16", top="the range"),
@@ -227,7 +245,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "ICLR 2018. https://arxiv.org/abs/1802.00930"
                 ),
                 composes_with=("32-true",),
-                strategies=("single_device", "ddp"),
+                strategies=_SHARDED,
                 conflicts=_FLOAT32_CONFLICTS,
                 state_keys=("phase",),
                 metrics=_figures("dfp16", "int16", top="the range"),
@@ -243,7 +261,7 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                     "https://arxiv.org/abs/1905.12322"
                 ),
                 composes_with=("32-true",),
-                strategies=("single_device", "ddp"),
+                strategies=_SHARDED,
                 conflicts=_FLOAT32_CONFLICTS,
                 state_keys=("phase",),
                 metrics=_figures("bf16-emulated", "bfloat16"),

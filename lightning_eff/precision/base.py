@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.distributed as dist
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_eff.errors import EffWarning, NoEffectWarning, NonFiniteGradientError
 from lightning_eff.integration.precision import check_strategy
@@ -24,6 +24,16 @@ from lightning_eff.precision.config import LayerConfig
 from lightning_eff.precision.convert import Conversion, convert
 from lightning_eff.precision.memory import Memory, advance
 from lightning_eff.precision.report import console, conversion_table, readable_bytes
+from lightning_eff.precision.sharded import (
+    Named,
+    current,
+    gradients,
+    names_of_all_ranks,
+    on_any_rank,
+    reduction_device,
+    zero_broken,
+    zero_engine,
+)
 from lightning_eff.precision.state import LayerState, SeedStream
 
 
@@ -150,15 +160,19 @@ class QuantizedPrecisionMixin:
 
     def _after_closure(self, model: Any, optimizer: Any) -> None:
         """Between backward and the optimizer (Trainer): check the gradients, publish sampled figures."""
-        self._check_finite(step=model.trainer.global_step)
+        self._check_finite(step=model.trainer.global_step, engine=zero_engine(model))
         self._publish(model.trainer)
         super()._after_closure(model, optimizer)  # type: ignore[misc]
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the optimizer; weight codes are made anew afterwards."""
+        engine = zero_engine(kwargs.get("model"))
+        steps = engine is None or engine.is_gradient_accumulation_boundary()  # DeepSpeed accumulates by itself
         if not hasattr(super(), "_after_closure"):  # Fabric has no closure: gradients are ready now
             self._check_finite(step=self._steps)
         result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
+        if not steps:
+            return result
         self._steps += 1
         self._invalidate()
         self._after_step(optimizer)
@@ -189,25 +203,15 @@ class QuantizedPrecisionMixin:
         trainers = [getattr(owner, "_trainer", None) for owner, _ in self._conversions.values()]
         return next((int(trainer.global_step) for trainer in trainers if trainer is not None), self._steps)
 
-    def _check_finite(self, step: int) -> None:
-        """Stop a non-finite gradient before it reaches a parameter, on every rank alike.
-
-        One broken element makes the scale NaN and with it a converted layer's whole weight gradient, so one element of
-        each tells; of all others, their sum does (a look at each element decides). Gradients are already reduced here:
-        all ranks see the same.
-        """
-        weights, others = self._gradients("weights"), self._gradients("others")
-        found, sampled = weights + others, [] if self.weights_only else weights
-        probes = [grad.as_strided((), ()).float() for _, grad in sampled]
-        probes += [grad.sum().float() for _, grad in found[len(sampled) :]]
-        if not probes or bool(torch.isfinite(torch.stack(probes)).all()):
+    def _check_finite(self, step: int, engine: Any = None) -> None:
+        """Stop a non-finite gradient before it reaches a parameter, on every rank alike."""
+        broken = self._broken_gradients(engine)
+        if not broken:
             return
-        broken = [name for name, grad in found if not bool(torch.isfinite(grad).all())]
-        if not broken:  # finite elements whose sum is not
-            return
+        names = ", ".join(broken[:8]) + (" ..." if len(broken) > 8 else "")
         message = (
             f"{self.info.name}: the gradient is NaN or Inf at optimizer step {step} (rank {_rank()}) in "
-            f"{len(broken)} of {len(found)} parameters: {', '.join(broken[:8])}{' ...' if len(broken) > 8 else ''}. "
+            f"{len(broken)} of {self._trained()} parameters: {names}. "
         )
         if self.config.on_nonfinite == "raise":
             raise NonFiniteGradientError(
@@ -216,12 +220,44 @@ class QuantizedPrecisionMixin:
             )
         warnings.warn(message + "The optimizer step goes on as asked.", EffWarning, stacklevel=2)
 
-    def _gradients(self, kind: Literal["weights", "others"]) -> list[tuple[str, Tensor]]:
-        """Names and gradients of the converted layers' weights, or of all other parameters."""
-        pairs = [pair for _, conversion in self._conversions.values() for pair in getattr(conversion, kind)]
-        grads = [(name, p.grad.detach()) for name, p in pairs if p.grad is not None]
-        dense = [(name, grad._values() if grad.is_sparse else grad) for name, grad in grads]
-        return [(name, grad) for name, grad in dense if grad.numel()]
+    def _broken_gradients(self, engine: Any) -> list[str]:
+        """Names of the parameters whose gradient is not finite, the same on every rank.
+
+        In most formats one broken element makes a converted layer's whole weight gradient NaN, by its scale, and one
+        element of each tells; of all others, their sum does (a look at each element decides). Gradients are already
+        reduced here: all ranks see the same, unless a strategy leaves each a part of them. Then the ranks ask each
+        other.
+        """
+        if engine is not None and not engine.is_gradient_accumulation_boundary():
+            return []
+        if hasattr(getattr(engine, "optimizer", None), "has_overflow"):
+            return zero_broken(engine)
+        weights, others = self._named("weights"), self._named("others")
+        broken = self._broken_here(weights, others)
+        device = engine.device if engine is not None else reduction_device(p for _, p in weights + others)
+        if device is None or not on_any_rank(bool(broken), device):
+            return broken
+        return names_of_all_ranks(broken)
+
+    def _broken_here(self, weights: Named, others: Named) -> list[str]:
+        """Names of the parameters of whose gradient this rank's part is not finite."""
+        found = gradients(weights)
+        spread = not self.weights_only and all(state.format.damage_spreads for state in self.states().values())
+        sampled = found if spread else []
+        found = found + gradients(others)
+        probes = [grad.as_strided((), ()).float() for _, grad in sampled]
+        probes += [grad.sum().float() for _, grad in found[len(sampled) :]]
+        if not probes or bool(torch.isfinite(torch.stack(probes)).all()):
+            return []
+        return [name for name, grad in found if not bool(torch.isfinite(grad).all())]
+
+    def _trained(self) -> int:
+        return sum(p.requires_grad for _, p in self._named("weights") + self._named("others"))
+
+    def _named(self, kind: Literal["weights", "others"]) -> Named:
+        """Names and parameters: the converted layers' weights, or all others."""
+        conversions = self._conversions.values()
+        return [(name, current(m, name, p)) for m, conversion in conversions for name, p in getattr(conversion, kind)]
 
     def _publish(self, trainer: Any) -> None:
         """Log the figures of a sampled step, the mean over the layers where they are finite (SQNR may not be)."""

@@ -15,6 +15,7 @@ from lightning_eff.precision import operators  # noqa: F401 - registers what com
 from lightning_eff.precision.config import LayerConfig
 from lightning_eff.precision.layers import STATE, twin_of
 from lightning_eff.precision.relu import PackedReLU
+from lightning_eff.precision.sharded import is_dtensor, own_class, put_in, shape_of
 from lightning_eff.precision.state import LayerState, RecentInputs, SeedStream
 
 _SUPPORTED = "Linear, Conv1d, Conv2d, Conv3d, MultiheadAttention, transformers' Conv1D"
@@ -50,7 +51,7 @@ class Conversion:
     def undo(self) -> None:
         """Give every module its class back; harmless when called twice."""
         for module, kind in self.modules:
-            module.__class__ = kind
+            module.__class__ = put_in(type(module), own_class(kind))
             module.__dict__.pop(STATE, None)
         for module, activation in self._encoders:
             setattr(module, _FAST_PATH, activation)
@@ -73,8 +74,12 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             whole = parametrisations if isinstance(parametrisations, nn.ModuleDict) else module
             inside.update(id(part) for part in whole.modules())
             yield name, module
-        elif any(is_lazy(p) or p.dim() >= 2 for p in module.parameters(recurse=False)) or twin_of(module) is not None:
+        elif twin_of(module) is not None or any(_is_matrix(p) for p in module.parameters(recurse=False)):
             yield name, module
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return is_lazy(parameter) or len(shape_of(parameter)) >= 2
 
 
 def _shape(module: nn.Module) -> tuple[int, ...]:
@@ -82,23 +87,22 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
         return (4 * module.embed_dim, module.embed_dim)
     weight = getattr(module, "weight", None)
     try:
-        return () if weight is None else tuple(weight.shape)
+        return () if weight is None else tuple(shape_of(weight))
     except RuntimeError:  # a lazy layer has no shape before its first batch
         return ()
 
 
 def _unsupported(module: nn.Module) -> str:
     """Why ``module`` has no quantised twin."""
-    kind, from_torch = type(module).__name__, type(module).__module__.startswith("torch.nn")
+    own = own_class(type(module))
+    kind, from_torch = own.__name__, own.__module__.startswith("torch.nn")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "a table, no product"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run one batch before fit so that its shape is known"
     if hasattr(module, "parametrizations"):
         return "parametrised: its weight is computed, not stored"
-    base = next(
-        (b.__name__ for b in type(module).__mro__[1:] if b.__module__.startswith("torch.nn") and b is not nn.Module), ""
-    )
+    base = next((b.__name__ for b in own.__mro__[1:] if b.__module__.startswith("torch.nn") and b is not nn.Module), "")
     if base and not from_torch:
         return f"{kind} is a subclass of {base} and may have a forward of its own"
     return f"{kind} has no low-precision form; supported are {_SUPPORTED}"
@@ -107,6 +111,11 @@ def _unsupported(module: nn.Module) -> str:
 def _attention_reason(module: nn.Module) -> str:
     extra = isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn)
     return "add_bias_kv and add_zero_attn have no low-precision form" if extra else ""
+
+
+def _split_reason(module: nn.Module) -> str:
+    whole = getattr(module, "_is_fsdp_managed_module", False) or not any(is_dtensor(p) for p in module.parameters())
+    return "" if whole else "its weight is a DTensor that fully_shard does not make whole (tensor parallelism)"
 
 
 def _exempt_by_pattern(name: str, config: LayerConfig) -> str:
@@ -126,7 +135,10 @@ def _check_patterns(config: LayerConfig, names: list[str]) -> None:
 def _reasons(found: list[tuple[str, nn.Module]], config: LayerConfig, device: torch.device) -> dict[str, str]:
     """Layer name -> why it is left alone, empty if it is converted."""
     reasons = {
-        name: (_attention_reason(module) or _exempt_by_pattern(name, config) or config.too_slow(_shape(module), device))
+        name: _attention_reason(module)
+        or _split_reason(module)
+        or _exempt_by_pattern(name, config)
+        or config.too_slow(_shape(module), device)
         if twin_of(module)
         else _unsupported(module)
         for name, module in found
@@ -164,7 +176,7 @@ def convert(
     device = next((p.device for p in model.parameters()), torch.device("cpu")) if device is None else device
     for name, reason in _reasons(found, config, device).items():
         module = model.get_submodule(name)
-        result.rows.append(Layer(name, type(module).__name__, _shape(module), reason))
+        result.rows.append(Layer(name, own_class(type(module)).__name__, _shape(module), reason))
         if not reason:
             _swap(module, LayerState(name, config, seeds, recent), result)
             if isinstance(module, nn.MultiheadAttention):  # its two products read and write different tensors
@@ -187,9 +199,9 @@ def _swap(module: nn.Module, state: LayerState, result: Conversion) -> None:
     if twin is None:  # _reasons gives every layer without a twin a reason
         raise RuntimeError(f"internal error: {name} has no twin")
     kind = type(module)
-    result.weights += [(f"{name}.{key}", p) for key, p in module.named_parameters() if p.dim() >= 2]
+    result.weights += [(f"{name}.{key}", p) for key, p in module.named_parameters() if len(shape_of(p)) >= 2]
     _give_state(module, state, result)
-    module.__class__ = _with_base(twin, kind)
+    module.__class__ = put_in(kind, _with_base(twin, own_class(kind)))
 
 
 def _give_state(module: nn.Module, state: LayerState, result: Conversion) -> None:

@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_eff.errors import UnsupportedLayerError
 from lightning_eff.kernels.geometry import Geometry, Triple, shared_geometry
 from lightning_eff.precision.functions import quantized_conv, quantized_linear
+from lightning_eff.precision.sharded import own_class
 from lightning_eff.precision.state import LayerState
 
 STATE = "_eff_state"
@@ -139,8 +140,8 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def twin_of(module: nn.Module) -> type[nn.Module] | None:
-    """The quantised twin of ``module``, or None."""
-    kind = type(module)
+    """The quantised twin of ``module``, or None; what ``fully_shard`` made of a layer has the layer's."""
+    kind = own_class(type(module))
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return QuantHFConv1D
     if kind is nn.MultiheadAttention:

@@ -208,6 +208,25 @@ def test_a_broken_gradient_stops_before_the_parameters(info: MethodInfo) -> None
 
 
 @every_method
+def test_one_broken_element_of_a_gradient_is_found(info: MethodInfo) -> None:
+    """In layers without bias, by their weights alone."""
+    model = task()
+    model.net = nn.Sequential(*(nn.Linear(12 if i == 0 else 24, 24, bias=False) for i in range(4)))
+
+    def poison(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        def spoil(grad: torch.Tensor) -> torch.Tensor:
+            grad = grad.clone()
+            grad[5, 7] = math.nan
+            return grad
+
+        output.register_hook(spoil)
+
+    model.net[1].register_forward_hook(poison)
+    with pytest.raises(NonFiniteGradientError, match=r"net\.1\.weight"):
+        trainer(precision=info.name).fit(model)
+
+
+@every_method
 def test_a_broken_element_of_an_input_or_gradient_stays_visible(info: MethodInfo) -> None:
     for bad in (math.nan, math.inf):
         layer = nn.Linear(8, 8)

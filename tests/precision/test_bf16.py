@@ -254,7 +254,7 @@ def test_what_cannot_work_is_refused(root: str) -> None:
 
 
 def test_arguments_are_checked() -> None:
-    with pytest.raises(ConfigurationError, match="update='half' is not known"):
+    with pytest.raises(ConfigurationError, match="update='half' is not allowed"):
         lightning_eff.precision.BF16Precision(update="half")
     half = importlib.import_module("lightning.pytorch.plugins").HalfPrecision
     with pytest.raises(ConfigurationError, match="'bf16-sr' was asked for with update='kahan'"):
