@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -112,6 +113,18 @@ TASKS: dict[str, tuple[Callable[[argparse.Namespace], Task], float, str, int]] =
 """Name -> (task, factor into the unit, unit, sign that makes a positive difference a worse one)."""
 
 
+@contextmanager
+def small_layers_too(tiny: bool) -> Iterator[None]:
+    """Convert layers of eight channels as well, where the models have no others."""
+    before = config.SLOW_FEATURES, config.SLOW_CHANNELS
+    if tiny:
+        config.SLOW_FEATURES = config.SLOW_CHANNELS = 0
+    try:
+        yield
+    finally:
+        config.SLOW_FEATURES, config.SLOW_CHANNELS = before
+
+
 def measure(report: Report, name: str, options: argparse.Namespace) -> None:
     """Train every variant with every seed, seeds outermost, and add a row per variant."""
     make, factor, unit, sign = TASKS[name]
@@ -147,11 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if unknown := set(expand(options.variants, family=FAMILY)) - set(VARIANTS):
         parser.error(f"unknown variants {sorted(unknown)}; known: {known}")
-    if options.tiny:  # layers of eight channels are converted too
-        config.SLOW_FEATURES = config.SLOW_CHANNELS = 0
     quiet()
     report = Report("quality", ("task", "seeds", "mean", "worse than fp32, mean (min..max)"))
-    with threads(options.threads):
+    with threads(options.threads), small_layers_too(options.tiny):
         for name in options.task.split(","):
             measure(report, name, options)
     return report.finish(options)
