@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "LUQPrecision", "LowPrecision", "MethodInfo", "__version__"]
 
 _LAZY = {"LUQPrecision": "lightning_eff.precision", "LowPrecision": "lightning_eff.callbacks"}
-_SUBMODULES = ("callbacks", "errors", "functional", "integration", "kernels", "optim", "precision", "pytorch_lightning")
+_SUBMODULES = (
+    "callbacks",
+    "errors",
+    "functional",
+    "integration",
+    "kernels",
+    "optim",
+    "precision",
+    "pytorch_lightning",
+    "strategies",
+)
 
 
 def __getattr__(name: str) -> Any:

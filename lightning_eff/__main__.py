@@ -100,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="the methods, one line each")
     commands.add_parser("explain", help="all that is known about one method").add_argument("method")
     commands.add_parser("doctor", help="versions, Lightning namespaces and fast paths on this machine")
+    plan = commands.add_parser("plan", help="predict step time, drop rate and speed-up before training")
+    plan.add_argument("method", help="dropcompute")
+    plan.add_argument("arguments", nargs=argparse.REMAINDER, help="of its planner; --help lists them")
     run = commands.add_parser("run", help="run a script with the strings registered, nothing in it changed")
     run.add_argument("-m", dest="as_module", action="store_true", help="the target is a module, as in python -m")
     run.add_argument("target", help="script (or module with -m)")
@@ -116,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_target(options.target, as_module=options.as_module)
         elif options.command == "list":
             list_methods(console)
+        elif options.command == "plan":
+            return int(importlib.import_module("lightning_eff.plan").main(options.method, options.arguments))
         elif options.command == "explain":
             explain(console, options.method)
         else:

@@ -267,6 +267,29 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                 metrics=_figures("bf16-emulated", "bfloat16"),
             ),
             MethodInfo(
+                name="dropcompute",
+                kind="strategy",
+                class_name="DropComputeStrategy",
+                shell="lightning_eff.strategies.dropcompute:DropComputeMixin",
+                summary="Data parallelism that does not wait for stragglers: late ranks drop micro-batches.",
+                paper=(
+                    "Giladi, Gottlieb, Shkolnik, Karnieli, Banner, Hoffer, Levy, Soudry: DropCompute: simple and more "
+                    "robust distributed synchronous training via compute variance reduction. NeurIPS 2023. "
+                    "https://arxiv.org/abs/2306.10598"
+                ),
+                conflicts={
+                    "sync_batchnorm": "its forward pass waits for ranks that may have dropped the micro-batch",
+                    "manual_optimization": "it has to know where an optimizer step begins and ends",
+                },
+                state_keys=("threshold_s", "steps", "computed", "dropped"),
+                metrics={
+                    "eff/dropcompute/threshold_s": "compute threshold, seconds",
+                    "eff/dropcompute/drop_rate": "share of micro-batches dropped since the last record, all ranks",
+                    "eff/dropcompute/step_time_s": "mean wall time of a step since the last record, seconds",
+                    "eff/dropcompute/speedup_estimate": "computed samples per second, relative to waiting (estimate)",
+                },
+            ),
+            MethodInfo(
                 name="gradient_pruning",
                 kind="callback",
                 class_name="GradientPruning",

@@ -13,6 +13,7 @@ from lightning_eff.integration.namespaces import class_getter, public_shells
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback
     from pytorch_lightning.plugins import Precision
+    from pytorch_lightning.strategies import DDPStrategy
 
     from lightning_eff.callbacks.gradient_pruning import GradientPruningMixin
     from lightning_eff.callbacks.gradient_statistics import GradientStatisticsMixin
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_eff.precision.flexpoint import FlexpointMixin
     from lightning_eff.precision.fp8 import FP8Mixin
     from lightning_eff.precision.luq import LUQMixin
+    from lightning_eff.strategies.dropcompute import DropComputeMixin
 
     class BF16EmulatedPrecision(BF16EmulatedMixin, Precision):
         """The bfloat16 study's recipe on any hardware: bfloat16 products, float32 everything else."""
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
 
     class FlexpointPrecision(FlexpointMixin, Precision):
         """int16 tensors with one exponent each, predicted by Autoflex from the steps before."""
+
+    class DropComputeStrategy(DropComputeMixin, DDPStrategy):
+        """Data parallelism that does not wait for stragglers: a compute threshold and one weighted all-reduce."""
 
     class LUQPrecision(LUQMixin, Precision):
         """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
@@ -64,6 +69,7 @@ __all__ = [
     "BF16EmulatedPrecision",
     "BF16Precision",
     "DFP16Precision",
+    "DropComputeStrategy",
     "FP8Precision",
     "FittedPrecision",
     "FlexpointPrecision",
@@ -74,7 +80,11 @@ __all__ = [
     "LowPrecision",
 ]
 
-_get = class_getter(__name__, "pytorch_lightning", {**public_shells("precision"), **public_shells("callback")})
+_get = class_getter(
+    __name__,
+    "pytorch_lightning",
+    {**public_shells("precision"), **public_shells("strategy"), **public_shells("callback")},
+)
 
 
 def __getattr__(name: str) -> Any:

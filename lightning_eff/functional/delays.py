@@ -7,8 +7,8 @@ A delay says how much longer a micro-batch takes than it would, as a multiple of
     slow        one rank is always ``factor`` times slower
     a file      what another run recorded (:mod:`lightning_eff.functional.timings`), from the start again at its end
 
-Every delay is a pure function of (seed, step, rank, micro-batch): runs are reproducible, resumed runs continue alike, ranks
-need not draw in step, and what a run with dropping did not reach changes nothing for the rest.
+Every delay is a pure function of (seed, step, rank, micro-batch): runs are reproducible, resumed runs continue alike,
+ranks need not draw in step, and micro-batches that were dropped change nothing for the rest.
 
 References:
     Giladi et al., DropCompute, NeurIPS 2023, arXiv:2306.10598, appendix (simulated delay environment).
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError, nearest
+from lightning_eff.functional.dropcompute import check_timings
 from lightning_eff.functional.random import mix32
 from lightning_eff.functional.timings import read_timings
 
@@ -40,15 +41,24 @@ class Delay(ABC):
 
     @abstractmethod
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
-        """Extra time in multiples of the undisturbed time; int64 tensors broadcast together -> float64."""
+        """Extra time in multiples of the undisturbed time.
+
+        Args:
+            step: optimizer step, int64, 0 or more; the three are broadcast together.
+            rank: global rank of the worker.
+            micro_batch: position in the step.
+
+        Returns:
+            float64, of their common shape or one that broadcasts to it.
+        """
 
     def extra_s(self, step: int, rank: int, micro_batch: int, base_s: float) -> float:
         """Seconds to add to one micro-batch.
 
         Args:
-            step: optimizer step, from 0.
+            step: optimizer step, 0 or more.
             rank: global rank of the worker.
-            micro_batch: position in the step, from 0.
+            micro_batch: position in the step.
             base_s: what the micro-batch takes undisturbed, seconds.
         """
         return base_s * float(self.relative(torch.tensor(step), torch.tensor(rank), torch.tensor(micro_batch)))
@@ -98,7 +108,7 @@ class LognormalDelay(Delay):
 
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
         """Inverse transform: one uniform number per micro-batch gives one normal number."""
-        normal = torch.special.ndtri(hashed_uniform(self.seed, step, rank, micro_batch))
+        normal: Tensor = torch.special.ndtri(hashed_uniform(self.seed, step, rank, micro_batch))
         return ((4 + normal).exp() / self.alpha).clamp(max=self.beta)
 
 
@@ -123,7 +133,7 @@ class StallDelay(Delay):
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
         """One uniform number per worker-step, whichever micro-batch asks."""
         stalled = hashed_uniform(self.seed, step, rank) < self.p
-        return (stalled.double() * (self.factor - 1)).expand(torch.broadcast_shapes(stalled.shape, micro_batch.shape))
+        return stalled.double() * (self.factor - 1)
 
 
 @dataclass(frozen=True)
@@ -144,36 +154,38 @@ class SlowRankDelay(Delay):
 
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
         """A constant of the rank."""
-        slow = (rank == self.rank).double() * (self.factor - 1)
-        return slow.expand(torch.broadcast_shapes(step.shape, rank.shape, micro_batch.shape))
+        return (rank == self.rank).double() * (self.factor - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TraceDelay(Delay):
     """What another run recorded, relative to its fast micro-batches; wrapped around in every direction.
 
-    A micro-batch is fast at the first percentile of the trace: a single one that was too short to be true (the last of an
-    epoch, say) would make all others look slow.
+    A micro-batch is fast at the first percentile of the trace: a single one that was too short to be true (the last of
+    an epoch, say) would make all others look slow. With ``base_s = fast_s`` the recorded times come back.
 
     Attributes:
         trace: seconds of every micro-batch of the recorded run, (steps, ranks, micro-batches).
+        fast_s: what a fast micro-batch took, seconds.
     """
 
     trace: Tensor
     fast_s: float = field(init=False)
 
     def __post_init__(self) -> None:
-        fast = float(self.trace.flatten().kthvalue(1 + self.trace.numel() // 100).values)
-        if not fast > 0:
+        trace = check_timings(self.trace).table
+        fast_s = float(trace.flatten().kthvalue(1 + trace.numel() // 100).values)
+        if not fast_s > 0:
             raise ConfigurationError(
-                "The fast micro-batches of the trace took 0 seconds; nothing is slow relative to them."
+                "The fast micro-batches of the trace took 0 seconds; there is no slow beside that."
             )
-        object.__setattr__(self, "fast_s", fast)
+        object.__setattr__(self, "trace", trace)
+        object.__setattr__(self, "fast_s", fast_s)
 
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
         """Look up; what was faster than ``fast_s`` is no delay."""
         steps, ranks, micro_batches = self.trace.shape
-        seconds = self.trace[step % steps, rank % ranks, micro_batch % micro_batches].double()
+        seconds = self.trace[step % steps, rank % ranks, micro_batch % micro_batches]
         return (seconds / self.fast_s - 1).clamp(min=0)
 
 
@@ -185,23 +197,23 @@ def parse_delay(spec: str, *, seed: int = 0) -> Delay:
     """Return the delay that a string describes.
 
     Args:
-        spec: a name, ``"lognormal"``, ``"stall"`` or ``"slow"``, with options (the attributes of the classes above) as in
-            ``"stall:p=0.2,factor=3"``; or the path of a recorded run, ``"run.csv"``.
+        spec: a name, ``"lognormal"``, ``"stall"`` or ``"slow"``, with options (the attributes of the classes above) as
+            in ``"stall:p=0.2,factor=3"``; or the path of a recorded run, ``"run.csv"``.
         seed: of the random ones, unless ``spec`` has its own.
 
     Raises:
-        ConfigurationError: the name, an option or a value is not allowed, or the file is not there or not of its format.
+        ConfigurationError: the name, an option or a value is not allowed, or the file cannot be read.
 
     Example:
         >>> parse_delay("stall:p=0.2,factor=3")
         StallDelay(p=0.2, factor=3.0, seed=0)
         >>> parse_delay("lognormal", seed=7).extra_s(step=3, rank=1, micro_batch=0, base_s=0.03)
-        0.00...
+        0.0456...
     """
     name, _, options = spec.partition(":")
     kind = _NAMED.get(name.strip())
     if kind is None:
-        if Path(spec).suffix or Path(spec).exists():
+        if Path(name).suffix or Path(spec).is_file():
             return TraceDelay(read_timings(spec).table)
         hint = nearest(name, _NAMED)
         raise ConfigurationError(f"No delay {name!r}.{hint} Known: {', '.join(_NAMED)}, or the path of a CSV file.")

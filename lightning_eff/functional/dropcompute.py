@@ -5,8 +5,8 @@ Every worker does its part of a step as M micro-batches. Before it starts anothe
     start micro-batch m  <=>  elapsed_m <= tau   or   m < min_micro_batches                   (m = 0 .. M - 1)
 
 ``elapsed_m`` is the time its micro-batches 0 .. m - 1 took. A micro-batch once begun is finished and counts, so a
-worker computes longer than tau by at most one micro-batch. All workers then reduce: the step lasts as long as its slowest
-worker plus the time outside the loop. :func:`starts_next` is that decision, for the training loop and for predictions.
+worker computes longer than tau by at most one micro-batch. All workers then reduce: the step lasts as long as its
+slowest worker plus the time outside the loop. :func:`starts_next` is the decision, in training and in predictions.
 
 Legend: I ``steps``, N ``workers``, M ``micro-batches`` per worker and step; ``table`` is t (I, N, M), the seconds of
 every micro-batch; ``other`` is T^c (I,), the seconds of every step outside the micro-batch loop; tau the compute
@@ -64,7 +64,8 @@ def check_timings(table: Tensor, other: Tensor | float = 0.0) -> Timings:
     table = table.detach().to("cpu", torch.float64)
     if table.dim() != 3 or table.numel() == 0:
         raise ConfigurationError(f"A timing table has shape (steps, workers, micro-batches); got {tuple(table.shape)}.")
-    other = torch.as_tensor(other).detach().to("cpu", torch.float64)
+    # A number goes to float64 directly: by way of the default dtype it would lose its last digits.
+    other = torch.as_tensor(other, dtype=torch.float64, device="cpu").detach()
     if other.shape not in {(), (len(table),)}:
         raise ConfigurationError(f"other has one value for each of {len(table)} steps; got shape {tuple(other.shape)}.")
     for name, values in (("micro-batch (step, worker, micro-batch)", table), ("other time (step)", other)):
@@ -193,7 +194,9 @@ def gradient_factor(
     if not 1 <= window <= micro_batches:
         raise ConfigurationError(f"window={window!r} is not allowed; a step has 1 to {micro_batches} micro-batches.")
     total = counts.sum(dtype=torch.float64)
-    factor = window / total if normalize == "computed" else torch.full_like(total, 1 / counts.numel())
+    # Tensor by tensor: torch takes a number divided by a tensor as a product with the reciprocal, rounded twice.
+    divided, by = (window, total) if normalize == "computed" else (1, torch.full_like(total, counts.numel()))
+    factor = torch.full_like(total, divided) / by
     return torch.where(total > 0, factor, 0.0)
 
 

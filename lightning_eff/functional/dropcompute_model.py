@@ -6,8 +6,8 @@ From a table of recorded times (letters as in :mod:`lightning_eff.functional.dro
     T_i(tau)   = max_n (time at the end of its k_in-th micro-batch)
     speed-up   = [sum_in k_in / (I N M)] * [sum_i (T_i(inf) + T^c_i)] / [sum_i (T_i(tau) + T^c_i)]
 
-in samples per second, relative to no dropping. As a function of tau that is a staircase with a step wherever some worker
-is about to start a micro-batch, so sorting these moments gives its value for *every* tau, and the best tau exactly.
+in samples per second, relative to no dropping. As a function of tau that is a staircase with a step wherever some
+worker is about to start a micro-batch: sorting these moments gives its value for *every* tau, and the best tau exactly.
 
 The paper's objective (algorithm 2) supposes that a worker stops at tau to the moment:
 
@@ -44,6 +44,8 @@ from lightning_eff.functional.dropcompute import (
 
 _NORMAL = NormalDist()
 _EULER_GAMMA = 0.5772156649015329
+MIN_GAIN = 0.02
+"""Less is not worth the samples, and about what a window of 44 steps flatters its own best threshold by."""
 _TIE = 1e-9
 """Relative difference below which two speed-ups are one: their sums round differently."""
 
@@ -168,6 +170,7 @@ def best_threshold(
     *,
     min_micro_batches: int = 1,
     max_drop_rate: float = 1.0,
+    min_gain: float = MIN_GAIN,
     candidates: Tensor | None = None,
 ) -> float:
     """The threshold with the most computed samples per second, in the model where a begun micro-batch is finished.
@@ -182,10 +185,11 @@ def best_threshold(
         min_micro_batches: computed however late a worker is, 0 .. M.
         max_drop_rate: highest share of micro-batches that may be dropped over the table, 0..1; the paper saw no loss of
             accuracy up to about 0.1.
+        min_gain: least speed-up - 1 for which anything is dropped, 0 or more.
         candidates: only these thresholds, seconds, (C,); default every one.
 
     Returns:
-        Seconds; inf if dropping gains nothing. Of equally good thresholds the largest.
+        Seconds; inf if dropping does not gain ``min_gain``. Of equally good thresholds the largest.
 
     Raises:
         ConfigurationError: an argument is not allowed.
@@ -203,14 +207,16 @@ def best_threshold(
     check_min_micro_batches(min_micro_batches, timings.table.shape[-1])
     if not 0 <= max_drop_rate <= 1:
         raise ConfigurationError(f"max_drop_rate={max_drop_rate!r} is not allowed; it is in 0 .. 1.")
+    if not min_gain >= 0:
+        raise ConfigurationError(f"min_gain={min_gain!r} is not allowed; it is 0 or more.")
     stairs = _staircase(timings, min_micro_batches)
     speeds = stairs.counts.double() / stairs.seconds
-    plain = float(speeds[-1])
+    worth = float(speeds[-1]) * (1 + min_gain)
     speeds = torch.where(stairs.counts >= (1 - max_drop_rate) * timings.table.numel() * (1 - _TIE), speeds, -1.0)
     if candidates is None:
-        return _largest(_middles(stairs.taus), speeds, plain)
+        return _largest(_middles(stairs.taus), speeds, worth)
     taus = _check_candidates(candidates)
-    return _largest(taus, speeds[torch.searchsorted(stairs.taus, taus, right=True) - 1], plain)
+    return _largest(taus, speeds[torch.searchsorted(stairs.taus, taus, right=True) - 1], worth)
 
 
 def _middles(taus: Tensor) -> Tensor:
@@ -220,10 +226,10 @@ def _middles(taus: Tensor) -> Tensor:
     return torch.cat([middle, torch.full((1,), math.inf, dtype=torch.float64)])
 
 
-def _largest(taus: Tensor, speeds: Tensor, plain: float) -> float:
-    """The largest of the ascending ``taus`` with the best of ``speeds``; inf unless better than ``plain``."""
+def _largest(taus: Tensor, speeds: Tensor, worth: float) -> float:
+    """The largest of the ascending ``taus`` with the best of ``speeds``; inf unless it is above ``worth``."""
     best = float(speeds.max())
-    if not best > plain * (1 + _TIE):
+    if not best > worth * (1 + _TIE):
         return math.inf
     return float(taus[(speeds >= best * (1 - _TIE)).nonzero()[-1, 0]])
 

@@ -6,17 +6,17 @@
     0,1,0,0.0518,
     ...
 
-``seconds`` is what the micro-batch took. ``other_s``, the seconds of the step outside the micro-batch loop (T^c), stands
-in one row of each step; without the column it is 0. The order of rows and columns is free. Numbers are written so that
-they are read back to the last bit.
+``seconds`` is what the micro-batch took. ``other_s``, the seconds of the step outside the micro-batch loop (T^c),
+stands in one row of each step; without the column it is 0. The order of rows and columns is free. Numbers are written
+so that they are read back to the last bit. Of a micro-batch that is given twice (a resumed run) the later row counts.
 
-A run that was killed leaves a torn last line and an unfinished last step: both are left out. A step whose ranks all have
-the same fewer micro-batches is the short end of an epoch and is left out too. Any other gap is an error.
+A run that was killed leaves a torn last line, one without a newline, and an unfinished last step: both are left out. A
+step whose ranks all have the same fewer micro-batches is the short end of an epoch and is left out too. Any other gap
+is an error.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +32,7 @@ from lightning_eff.functional.dropcompute import Timings, check_timings
 
 REQUIRED = ("step", "rank", "micro_batch", "seconds")
 COLUMNS = (*REQUIRED, "other_s")
+_DIGITS = 15
 
 
 def write_timings(
@@ -56,22 +57,25 @@ def write_timings(
     """
     timings = check_timings(table, other)
     path = Path(path)
-    header = not append or not path.exists() or path.stat().st_size == 0
+    kept = _cut_torn_line(path) if append and path.exists() else 0
     with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if header:
-            writer.writerow(COLUMNS)
-        writer.writerows(_rows(timings, first_step))
+        if not kept:
+            file.write(",".join(COLUMNS) + "\n")
+        file.writelines(_rows(timings, first_step))
 
 
-def _rows(timings: Timings, first_step: int) -> Iterator[tuple[int | str, ...]]:
-    for step, (ranks, other_s) in enumerate(
-        zip(timings.table.tolist(), timings.other.tolist(), strict=True), first_step
-    ):
+def _cut_torn_line(path: Path) -> int:
+    """Cut off what stands behind the last newline, or rows added now would continue it; the bytes that are left."""
+    with path.open("r+b") as file:
+        return file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _rows(timings: Timings, first_step: int) -> Iterator[str]:
+    for i, (ranks, other_s) in enumerate(zip(timings.table.tolist(), timings.other.tolist(), strict=True)):
         for rank, times in enumerate(ranks):
             for micro_batch, seconds in enumerate(times):
                 once = repr(other_s) if rank == micro_batch == 0 else ""
-                yield step, rank, micro_batch, repr(seconds), once
+                yield f"{first_step + i},{rank},{micro_batch},{seconds!r},{once}\n"
 
 
 def read_timings(path: str | PathLike[str]) -> Timings:
@@ -85,30 +89,34 @@ def read_timings(path: str | PathLike[str]) -> Timings:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"The timings {str(path)!r} cannot be read: {error}.") from error
     # A line without its newline was not written to its end, however well its beginning reads.
-    lines = text.splitlines()[: None if text.endswith("\n") else -1]
+    lines = text.split("\n")[:-1]
     if not lines:
-        raise ConfigurationError(f"{path} holds no complete line; its first is {','.join(COLUMNS)}.")
-    columns = _columns(next(csv.reader(lines[:1])), path)
+        raise ConfigurationError(f"{path} holds no complete line; the first is {','.join(COLUMNS)}.")
+    columns = _columns(_values(lines[0]), path)
     cells = _Cells(path)
-    for number, row in enumerate(csv.reader(lines[1:]), start=2):
-        if row:
-            cells.add(number, row, columns)
+    for number, line in enumerate(lines[1:], start=2):
+        if line.strip():
+            cells.add(number, _values(line), columns)
     return cells.timings()
 
 
-def _columns(header: list[str], path: Path) -> dict[str, int]:
-    names = [name.strip() for name in header]
+def _values(line: str) -> list[str]:
+    return [value.strip().strip('"') for value in line.split(",")]
+
+
+def _columns(names: list[str], path: Path) -> dict[str, int]:
     for name in names:
-        if name not in COLUMNS or names.count(name) > 1:
-            what = "twice" if name in COLUMNS else "not known"
-            hint = "" if name in COLUMNS else nearest(name, COLUMNS)
-            raise ConfigurationError(f"{path}, line 1: column {name!r} is {what}.{hint} Columns: {', '.join(COLUMNS)}.")
+        if name not in COLUMNS:
+            hint = nearest(name, COLUMNS)
+            raise ConfigurationError(f"{path}, line 1: unknown column {name!r}.{hint} Known: {', '.join(COLUMNS)}.")
     if missing := [name for name in REQUIRED if name not in names]:
-        raise ConfigurationError(f"{path}, line 1: no column {', '.join(missing)}; got {', '.join(names)}.")
+        raise ConfigurationError(f"{path}, line 1: column {', '.join(missing)} is missing; got {', '.join(names)}.")
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"{path}, line 1: a column stands there twice; got {', '.join(names)}.")
     return {name: names.index(name) for name in names}
 
 
@@ -126,18 +134,12 @@ class _Cells:
             raise ConfigurationError(f"{self.path}, line {number}: {len(row)} values for {len(columns)} columns.")
         step, rank, micro_batch = (self._index(number, name, row[columns[name]]) for name in REQUIRED[:3])
         cells = self.seconds.setdefault(step, {})
-        if (rank, micro_batch) in cells:
-            raise ConfigurationError(
-                f"{self.path}, line {number}: step {step}, rank {rank}, micro-batch {micro_batch} a second time."
-            )
         cells[rank, micro_batch] = self._time(number, "seconds", row[columns["seconds"]])
-        if "other_s" in columns and (given := row[columns["other_s"]].strip()):
-            if step in self.other:
-                raise ConfigurationError(f"{self.path}, line {number}: other_s of step {step} a second time.")
+        if "other_s" in columns and (given := row[columns["other_s"]]):
             self.other[step] = self._time(number, "other_s", given)
 
     def _index(self, number: int, name: str, given: str) -> int:
-        if not given.strip().isdecimal():
+        if not given.isdecimal() or len(given) > _DIGITS:
             raise ConfigurationError(f"{self.path}, line {number}: {name} {given!r} is not a whole number, 0 or more.")
         return int(given)
 
@@ -152,36 +154,39 @@ class _Cells:
 
     def timings(self) -> Timings:
         """The complete steps; a ConfigurationError for a gap that neither an end of epoch nor of the run explains."""
-        shapes = {
-            step: (1 + max(r for r, _ in cells), 1 + max(m for _, m in cells)) for step, cells in self.seconds.items()
-        }
-        if not shapes:
+        if not self.seconds:
             raise ConfigurationError(f"{self.path} holds no row of timings.")
-        full = {step: shape for step, shape in shapes.items() if len(self.seconds[step]) == math.prod(shape)}
-        ranks, micro_batches = max(full.values() or shapes.values(), key=Counter(full.values()).__getitem__)
-        whole = [step for step in sorted(shapes) if self._is_whole(step, shapes[step], (ranks, micro_batches))]
+        full = Counter(self._shape(step) for step in self.seconds if self._is_full(step))
+        ranks, micro_batches = full.most_common(1)[0][0] if full else self._shape(min(self.seconds))
+        whole = [step for step in sorted(self.seconds) if self._is_whole(step, (ranks, micro_batches))]
         if not whole:
             raise ConfigurationError(f"{self.path} holds no complete step.")
-        table = [[[self.seconds[i][n, m] for m in range(micro_batches)] for n in range(ranks)] for i in whole]
         if self.other and (without := [step for step in whole if step not in self.other]):
-            raise ConfigurationError(f"{self.path}: step {without[0]} has no other_s, and other steps have.")
+            raise ConfigurationError(f"{self.path}: step {without[0]} has no other_s, and other steps have one.")
+        table = [[[self.seconds[i][n, m] for m in range(micro_batches)] for n in range(ranks)] for i in whole]
         other = torch.tensor([self.other.get(step, 0.0) for step in whole], dtype=torch.float64)
         return check_timings(torch.tensor(table, dtype=torch.float64), other)
 
-    def _is_whole(self, step: int, shape: tuple[int, int], usual: tuple[int, int]) -> bool:
-        """Whether a step belongs in the table; a ConfigurationError if it should and has gaps."""
+    def _shape(self, step: int) -> tuple[int, int]:
         cells = self.seconds[step]
-        if shape == usual and len(cells) == math.prod(shape):
+        return 1 + max(rank for rank, _ in cells), 1 + max(micro_batch for _, micro_batch in cells)
+
+    def _is_full(self, step: int) -> bool:
+        return len(self.seconds[step]) == math.prod(self._shape(step))
+
+    def _is_whole(self, step: int, usual: tuple[int, int]) -> bool:
+        """Whether a step belongs in the table; a ConfigurationError if it should and does not fit."""
+        (ranks, micro_batches), full = self._shape(step), self._is_full(step)
+        if full and (ranks, micro_batches) == usual:
             return True
-        short_end = shape[0] == usual[0] and shape[1] < usual[1] and len(cells) == math.prod(shape)
-        if short_end or step == max(self.seconds):
-            return False
-        if shape[0] > usual[0] or shape[1] > usual[1]:
+        if ranks > usual[0] or micro_batches > usual[1]:
             raise ConfigurationError(
-                f"{self.path}: step {step} has {shape[0]} ranks with {shape[1]} micro-batches, most steps have "
+                f"{self.path}: step {step} has {ranks} ranks with {micro_batches} micro-batches, most steps have "
                 f"{usual[0]} with {usual[1]}."
             )
-        gap = next((n, m) for n in range(usual[0]) for m in range(usual[1]) if (n, m) not in cells)
+        if step == max(self.seconds) or (full and ranks == usual[0]):
+            return False
+        gap = next((n, m) for n in range(usual[0]) for m in range(usual[1]) if (n, m) not in self.seconds[step])
         raise ConfigurationError(
             f"{self.path}: step {step} has no rank {gap[0]}, micro-batch {gap[1]}. Timings are recorded without "
             "dropping (threshold inf)."

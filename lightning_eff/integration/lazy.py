@@ -21,6 +21,7 @@ from lightning_eff.errors import FallbackWarning
 from lightning_eff.integration.cli import register_with_jsonargparse, widen_precision
 from lightning_eff.integration.connector import is_patched, patch_connector
 from lightning_eff.integration.namespaces import NAMESPACES, Namespace
+from lightning_eff.integration.strategies import register_strategies
 
 __all__ = ["install", "patch_namespace", "status"]
 
@@ -31,6 +32,7 @@ def patch_namespace(namespace: Namespace) -> None:
         patch_connector(getattr(sys.modules[namespace.connector_module], namespace.connector_class))
         entry = getattr(sys.modules[namespace.entry_module], namespace.entry_class)
         widen_precision(entry.__init__)
+        register_strategies(namespace)
     except Exception as error:  # noqa: BLE001 - the user's import of Lightning must go on whatever happened here
         warnings.warn(
             f"Precision strings such as precision='luq4' are not available in {namespace.root}: "

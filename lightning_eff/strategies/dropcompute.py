@@ -1,0 +1,381 @@
+"""``strategy="dropcompute"``: data parallelism that does not wait for stragglers.
+
+References:
+    Giladi, Gottlieb, Shkolnik, Karnieli, Banner, Hoffer, Levy, Soudry, DropCompute: simple and more robust distributed
+    synchronous training via compute variance reduction, NeurIPS 2023, arXiv:2306.10598, algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor, nn
+
+from lightning_eff.errors import (
+    ConfigurationError,
+    EffWarning,
+    NoEffectWarning,
+    NonFiniteGradientError,
+    UnsupportedCombinationError,
+)
+from lightning_eff.functional.delays import Delay, parse_delay
+from lightning_eff.functional.dropcompute import Normalize, gradient_factor
+from lightning_eff.functional.dropcompute_model import best_threshold
+from lightning_eff.functional.timings import write_timings
+from lightning_eff.integration.collectives import GradientSum, look_for_sigterm_once_per_window
+from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.strategies.guard import CollectiveGuard
+from lightning_eff.strategies.window import Clock, Tally, Window
+
+UNSETTLED_STEPS = 5
+"""Steps at the beginning of a run whose times say nothing about later ones."""
+KEY = "DropComputeStrategy"
+
+
+class DropComputeMixin(CollectiveGuard):
+    """Synchronous data parallelism with bounded compute time: late ranks drop micro-batches, nobody waits for them.
+
+    Every rank computes the micro-batches of an optimizer step (``accumulate_grad_batches`` of them) until its compute
+    threshold has passed; a micro-batch once begun is finished. Then all ranks sum their gradients in one explicit
+    all-reduce, which carries how many micro-batches each has computed, and divide by the number of all. It is
+    DistributedDataParallel's mean over what was computed; with nothing dropped it is its result.
+
+    Args:
+        threshold: seconds; ``inf`` never drops; ``"auto"`` measures ``warmup_steps`` steps without dropping, then takes
+            the threshold with the most computed samples per second in the measured times.
+        warmup_steps: steps ``"auto"`` measures; the first few are not counted.
+        max_drop_rate: what ``"auto"`` may drop at most, as a share of the measured micro-batches. The paper saw no loss
+            in accuracy up to about 0.1.
+        normalize: ``"computed"`` divides by the micro-batches that were computed, ``"maximum"`` by all of them, so that
+            gradients shrink with the drop rate, as in the authors' code.
+        min_micro_batches: computed by every rank in every step however late it is, 1 or more.
+        include_data_time: count waiting for data as compute time.
+        compensate: ``"extra_steps"`` adds one step to ``max_steps`` for every step's worth of dropped micro-batches.
+        re_estimate_every_n_steps: measure again every n steps, for a fifth of ``warmup_steps``; 0 never.
+        delay: simulated stragglers: ``"lognormal"`` (the paper's), ``"stall"``, ``"stall:p=0.1,factor=3"``, the path of
+            recorded timings, or a :class:`~lightning_eff.functional.delays.Delay`.
+        record_timings: path of a CSV file for the micro-batch times of every step in which nothing was dropped, for
+            ``python -m lightning_eff plan dropcompute``.
+        on_nonfinite: ``"raise"`` on every rank before a NaN or Inf gradient reaches a parameter, or ``"warn"``. With
+            fp16's loss scaler, which skips such steps, nothing is checked.
+        process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
+        timeout_s: seconds after which a collective that a rank does not join fails on the others.
+
+    Raises:
+        ConfigurationError: an option is outside its range.
+        UnsupportedCombinationError: SyncBatchNorm, manual optimization, or a collective inside ``training_step``: other
+            ranks may have dropped the micro-batch that would answer.
+
+    State: ``threshold_s``, ``steps``, ``computed``, ``dropped`` under ``DropComputeStrategy`` in the checkpoint.
+    Randomness: simulated delays hash (seed, step, rank, micro-batch).
+    """
+
+    info: MethodInfo = METHODS["dropcompute"]
+
+    def __init__(
+        self,
+        *,
+        threshold: Literal["auto"] | float = "auto",
+        warmup_steps: int = 50,
+        max_drop_rate: float = 0.1,
+        normalize: Normalize = "computed",
+        min_micro_batches: int = 1,
+        include_data_time: bool = False,
+        compensate: Literal["extra_steps"] | None = None,
+        re_estimate_every_n_steps: int = 0,
+        delay: str | Delay | None = None,
+        record_timings: str | None = None,
+        on_nonfinite: Literal["raise", "warn"] = "raise",
+        process_group_backend: str | None = None,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        _check(timeout_s > 0, "timeout_s", timeout_s, "above 0")
+        wait = timedelta(seconds=timeout_s)
+        super().__init__(process_group_backend=process_group_backend, timeout=wait)  # type: ignore[call-arg]
+        automatic = threshold == "auto"
+        is_time = isinstance(threshold, int | float) and not isinstance(threshold, bool) and threshold >= 0
+        if not automatic and not is_time:
+            raise ConfigurationError(f"threshold={threshold!r} is not allowed; use 'auto', seconds (0 or more) or inf.")
+        _check(warmup_steps > UNSETTLED_STEPS, "warmup_steps", warmup_steps, f"above {UNSETTLED_STEPS}")
+        _check(0 < max_drop_rate <= 1, "max_drop_rate", max_drop_rate, "in 0 .. 1")
+        _check(normalize in ("computed", "maximum"), "normalize", normalize, "'computed' or 'maximum'")
+        _check(min_micro_batches >= 1, "min_micro_batches", min_micro_batches, "1 or more")
+        _check(compensate in (None, "extra_steps"), "compensate", compensate, "'extra_steps' or None")
+        _check(re_estimate_every_n_steps >= 0, "re_estimate_every_n_steps", re_estimate_every_n_steps, "0 or more")
+        _check(on_nonfinite in ("raise", "warn"), "on_nonfinite", on_nonfinite, "'raise' or 'warn'")
+        self.on_nonfinite = on_nonfinite
+        self.threshold, self.warmup_steps, self.max_drop_rate = threshold, warmup_steps, max_drop_rate
+        self.normalize, self.min_micro_batches, self.include_data_time = normalize, min_micro_batches, include_data_time
+        self.compensate, self.re_estimate_every_n_steps = compensate, re_estimate_every_n_steps
+        self.delay = parse_delay(delay) if isinstance(delay, str) else delay
+        self.record_timings = record_timings
+        self.threshold_s = math.inf if automatic else float(threshold)
+        self.metrics: dict[str, float] = {}
+        self._measuring_until = warmup_steps if automatic else 0
+        self._unsettled_until = UNSETTLED_STEPS
+        self._trainer: Any = None
+        self._sum: GradientSum | None = None
+        self._steps = 0
+        self._run, self._recent = Tally(), Tally()
+        self._measured: list[tuple[list[float], float]] = []
+
+    # ------------------------------------------------------------------------------------------ set up
+
+    def setup(self, trainer: Any) -> None:
+        """Set up as DDP does, without its wrapper; refuse what would wait for a rank inside a step."""
+        self._trainer = trainer
+        if trainer.state.fn == "fit":
+            self._refuse(trainer)
+        super().setup(trainer)  # type: ignore[misc]
+        self._clock = Clock(self.root_device)  # type: ignore[attr-defined]
+        self._window = Window(started=self._clock.now())
+        self._max_steps = trainer.fit_loop.epoch_loop.max_steps
+        look_for_sigterm_once_per_window(trainer)
+
+    def _refuse(self, trainer: Any) -> None:
+        if getattr(self, "_layer_sync", None) is not None:
+            raise UnsupportedCombinationError(
+                "'dropcompute' cannot be combined with SyncBatchNorm: its forward pass waits for ranks that may have "
+                "dropped the micro-batch. Use sync_batchnorm=False, or GroupNorm."
+            )
+        if not trainer.lightning_module.automatic_optimization:
+            raise UnsupportedCombinationError(
+                "'dropcompute' needs automatic optimization: it has to know where an optimizer step begins and ends. "
+                "Remove self.automatic_optimization = False, or use strategy='ddp'."
+            )
+        if self.compensate and not trainer.max_steps > 0:
+            raise ConfigurationError(
+                "compensate='extra_steps' adds to max_steps, which is not set. Use Trainer(max_steps=...)."
+            )
+        if trainer.accumulate_grad_batches == 1:
+            warnings.warn(
+                "dropcompute changes nothing with accumulate_grad_batches=1: a step of one micro-batch has none to "
+                "drop. Split the batch, Trainer(accumulate_grad_batches=8) with an eighth of the batch size.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+
+    def configure_ddp(self) -> None:
+        """Give every rank the weights of rank 0. The wrapper would reduce in a backward that a rank may drop."""
+        from torch.distributed.utils import _sync_module_states
+
+        model: nn.Module = self.model  # type: ignore[attr-defined]
+        group: Any = dist.group.WORLD
+        _sync_module_states(model, group, 250 << 20, src=0, params_and_buffers_to_ignore=[])
+
+    # ------------------------------------------------------------------------------------------ a micro-batch
+
+    @property
+    def micro_batches(self) -> int:
+        """M, micro-batches of a full step."""
+        return int(self._trainer.accumulate_grad_batches)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the micro-batch, or return a loss of zero if the threshold has passed."""
+        window, now = self._window, self._clock.now()
+        tau = math.inf if self._steps < self._measuring_until else self.threshold_s
+        self._dropping = not window.goes_on(
+            now, tau=tau, least=self.min_micro_batches, with_data=self.include_data_time
+        )
+        window.offered += 1
+        if self._dropping:
+            return torch.zeros((), device=self.root_device, requires_grad=True)  # type: ignore[attr-defined]
+        self._began = now
+        with self._no_collectives():
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run backward, with its hooks, for a micro-batch that was computed."""
+        if self._dropping:
+            return closure_loss.detach()
+        result: Tensor = super().backward(closure_loss, optimizer, *args, **kwargs)  # type: ignore[misc]
+        window, last = self._window, self._window.offered == self.micro_batches
+        window.losses.append(closure_loss.detach())
+        took = self._clock.now(wait_for_all=last) - self._began
+        if self.delay is not None:
+            rank: int = self.global_rank  # type: ignore[attr-defined]
+            time.sleep(self.delay.extra_s(self._steps, rank, len(window.times), took))
+            took = self._clock.now() - self._began
+        window.times.append(took)
+        return result
+
+    # ------------------------------------------------------------------------------------------ a step
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Sum the gradients after the last micro-batch, before hooks, unscaling and clipping; then step."""
+
+        def summed() -> Any:
+            result = closure()
+            self._sum_gradients()
+            return result
+
+        output = super().optimizer_step(optimizer, summed, model, **kwargs)  # type: ignore[misc]
+        self._end_step()
+        return output
+
+    def _sum_gradients(self) -> None:
+        world, rank, window = dist.get_world_size(), dist.get_rank(), self._window
+        parameters = [p for p in self.lightning_module.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+        if self._sum is None or [id(p) for p in self._sum.parameters] != [id(p) for p in parameters]:
+            self._sum = GradientSum(parameters, 2 * world)
+        numbers = [0.0] * (2 * world)
+        numbers[rank], numbers[world + rank] = len(window.times), sum(window.times)
+        sums = self._sum(numbers)
+        self._counts, self._elapsed_s = sums[:world], sums[world:]
+        self._check_finite()
+        factor = 1.0
+        if sum(self._counts) < window.offered * world:
+            counts = torch.tensor(self._counts)
+            factor = world * gradient_factor(counts, self.micro_batches, self.normalize, window=window.offered).item()
+        self._sum.write_back(factor)
+
+    def _check_finite(self) -> None:
+        """Stop a non-finite gradient before it reaches a parameter; the sums are the same on every rank."""
+        if self._sum is None or getattr(self.precision_plugin, "scaler", None) is not None:  # type: ignore[attr-defined]
+            return
+        broken = {id(p) for p in self._sum.broken()}
+        if not broken:
+            return
+        names = [name for name, p in self.lightning_module.named_parameters() if id(p) in broken]  # type: ignore[attr-defined]
+        bad = [i for i, loss in enumerate(self._window.losses) if not bool(loss.isfinite())]
+        own = any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in self._sum.parameters)
+        where: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(where, (own, bad))
+        ranks = [
+            f"rank {rank}" + (f", micro-batch {found[0]}" if found else "")
+            for rank, (is_broken, found) in enumerate(where)
+            if is_broken
+        ]
+        message = (
+            f"dropcompute: the gradient is NaN or Inf at optimizer step {self._steps} (from {'; '.join(ranks)}) in "
+            f"{len(names)} parameters: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
+        )
+        if self.on_nonfinite == "raise":
+            raise NonFiniteGradientError(
+                message + "No parameter was changed in this step. Lower the learning rate or clip gradients; "
+                "torch.autograd.set_detect_anomaly(True) names the operation; on_nonfinite='warn' goes on regardless."
+            )
+        warnings.warn(message + "The optimizer step goes on as asked.", EffWarning, stacklevel=2)
+
+    def _end_step(self) -> None:
+        window, now = self._window, self._clock.now(wait_for_all=True)
+        wall_s = now - window.started
+        for tally in (self._run, self._recent):
+            tally.add(self._counts, self._elapsed_s, window.offered, wall_s)
+        self._sync_buffers()
+        self._steps += 1
+        whole = window.offered == self.micro_batches and sum(self._counts) == window.offered * len(self._counts)
+        if whole and self._steps > self._unsettled_until and (self._measuring() or self.record_timings):
+            self._measured.append((window.times, wall_s))
+        self._estimate()
+        self._compensate()
+        if self._steps % self._trainer.log_every_n_steps == 0:
+            self._publish()
+        self._window = Window(started=self._clock.now())
+
+    def _sync_buffers(self) -> None:
+        """Running statistics are those of rank 0 at the beginning of every step, as in DistributedDataParallel."""
+        for buffer in self.lightning_module.buffers():  # type: ignore[attr-defined]
+            dist.broadcast(buffer, src=0)
+
+    def _compensate(self) -> None:
+        if self.compensate:
+            whole_steps = self._run.dropped // (self.micro_batches * dist.get_world_size())
+            self._trainer.fit_loop.epoch_loop.max_steps = self._max_steps + whole_steps
+
+    # ------------------------------------------------------------------------------------------ the threshold
+
+    def _measuring(self) -> bool:
+        return self._steps <= self._measuring_until
+
+    def _estimate(self) -> None:
+        """At the end of a measurement, agree on a threshold; where asked, begin another."""
+        every = self.re_estimate_every_n_steps
+        if self._steps == self._measuring_until and self._measured:
+            table, other = self._gather()
+            self._record(table, other)
+            tau = best_threshold(
+                table, other, min_micro_batches=self.min_micro_batches, max_drop_rate=self.max_drop_rate
+            )
+            # Equal tables give equal thresholds; different processors might round differently.
+            self.threshold_s = float(self.broadcast(tau))
+        elif self.record_timings and len(self._measured) == self.warmup_steps:
+            self._record(*self._gather())
+        elif every and self.threshold == "auto" and self._steps % every == 0:
+            self._measuring_until = self._steps + max(self.warmup_steps // 5, 1)
+
+    def _gather(self) -> tuple[Tensor, Tensor]:
+        """Micro-batch times of the measured steps, (I, N, M), and the time outside the loop, (I,)."""
+        self._measured, measured = [], self._measured
+        own = torch.tensor([[*times, wall_s] for times, wall_s in measured], dtype=torch.float64)
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, own)
+        everyone = torch.stack(parts, dim=1)
+        table, walls = everyone[..., :-1], everyone[..., -1]
+        return table, (walls.mean(1) - table.sum(-1).amax(1)).clamp(min=0)
+
+    def _record(self, table: Tensor, other: Tensor) -> None:
+        if self.record_timings and dist.get_rank() == 0:
+            write_timings(self.record_timings, table, other, first_step=self._steps - len(table), append=True)
+
+    # ------------------------------------------------------------------------------------------ reports and state
+
+    def _publish(self) -> None:
+        recent, self._recent = self._recent, Tally()
+        prefix = f"eff/{self.info.name}/"
+        self.metrics = {
+            prefix + "drop_rate": recent.drop_rate,
+            prefix + "step_time_s": recent.seconds / recent.steps,
+            prefix + "speedup_estimate": recent.speedup,
+        }
+        if math.isfinite(self.threshold_s):
+            self.metrics[prefix + "threshold_s"] = self.threshold_s
+        for logger in self._trainer.loggers:
+            logger.log_metrics(self.metrics, step=self._trainer.global_step)
+
+    def teardown(self) -> None:
+        """Say what dropping was worth, and let the process group go as DDP does."""
+        run = self._run
+        if run.steps and getattr(self, "global_rank", 0) == 0:
+            Console(width=200).print(
+                f"{self.info.name}: {run.steps} steps in {run.seconds:.1f} s, {run.drop_rate:.1%} of the micro-batches "
+                f"dropped (threshold {self.threshold_s:.3g} s). Waiting for every rank would have taken an estimated "
+                f"{run.waited_s:.1f} s: {run.speedup:.2f}x the computed samples per second.",
+                highlight=False,
+            )
+        self._run, self._recent, self._sum = Tally(), Tally(), None
+        super().teardown()  # type: ignore[misc]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save, with the threshold and the tally."""
+        checkpoint[KEY] = {
+            "threshold_s": self.threshold_s,
+            "steps": self._steps,
+            "computed": self._run.computed,
+            "dropped": self._run.dropped,
+        }
+        super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Restore the optimizers, the threshold and the tally."""
+        super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
+        if state := checkpoint.get(KEY):
+            self._steps, self._unsettled_until = int(state["steps"]), int(state["steps"]) + UNSETTLED_STEPS
+            self._run.computed, self._run.dropped = int(state["computed"]), int(state["dropped"])
+            if self.threshold == "auto":
+                self.threshold_s = float(state["threshold_s"])
+                unfinished = self._steps < self.warmup_steps
+                self._measuring_until = self._steps + self.warmup_steps if unfinished else 0
+
+
+def _check(allowed: bool, name: str, given: Any, what: str) -> None:
+    if not allowed:
+        raise ConfigurationError(f"{name}={given!r} is not allowed; it must be {what}.")
