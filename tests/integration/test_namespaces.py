@@ -78,9 +78,11 @@ def test_public_classes_say_where_they_can_be_imported_from() -> None:
     import lightning_eff.callbacks
     import lightning_eff.precision
     import lightning_eff.pytorch_lightning
+    import lightning_eff.strategies
 
     assert lightning_eff.LowPrecision is lightning_eff.callbacks.LowPrecision
-    for module in (lightning_eff.callbacks, lightning_eff.precision, lightning_eff.pytorch_lightning):
+    eff = lightning_eff
+    for module in (eff.callbacks, eff.precision, eff.strategies, eff.pytorch_lightning):
         for name in module.__all__:
             made = getattr(module, name)
             assert (made.__module__, made.__qualname__) == (module.__name__, name)
@@ -94,12 +96,15 @@ def test_what_is_typed_is_what_is_made() -> None:
     import lightning_eff.callbacks
     import lightning_eff.precision
     import lightning_eff.pytorch_lightning
+    import lightning_eff.strategies
 
     precision = {name for name in public_shells("precision") if name not in ("DemoPrecision", "OtherPrecision")}
     callbacks = set(public_shells("callback"))
     assert set(lightning_eff.precision.__all__) == precision
     assert set(lightning_eff.callbacks.__all__) == callbacks
-    assert set(lightning_eff.pytorch_lightning.__all__) == precision | callbacks
+    strategies = set(public_shells("strategy"))
+    assert set(lightning_eff.strategies.__all__) == strategies
+    assert set(lightning_eff.pytorch_lightning.__all__) == precision | strategies | callbacks
 
 
 def test_a_missing_namespace_names_the_package_to_install() -> None:
