@@ -1,4 +1,4 @@
-"""Run every benchmark with small settings: ``python -m benchmarks [--check] [--tiny]``; about ten minutes on two cores.
+"""Run every benchmark with small settings: ``python -m benchmarks [--check] [--tiny]``; about 20 minutes on two cores.
 
 Each is also a command of its own with more to set: ``python -m benchmarks.step --help`` and so on.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from benchmarks import compile_time, memory, peers, quality, quantizers, step
+from benchmarks import compile_time, dropcompute, dropcompute_quality, memory, peers, quality, quantizers, step
 from benchmarks._report import RESULTS
 
 
@@ -21,6 +21,8 @@ def plan(*, tiny: bool, with_peers: bool) -> list[tuple[Callable[[Sequence[str]]
             (memory.main, ["--tiny"]),
             (compile_time.main, ["--rounds", "1", "--tiny"]),
             (quality.main, ["--seeds", "1", "--tiny"]),
+            (dropcompute.main, ["--rounds", "1", "--noise", "stall", "--tiny"]),
+            (dropcompute_quality.main, ["--seeds", "1", "--tiny"]),
         ]
     variants = step.DEFAULT_VARIANTS + (",qpytorch,brevitas,torchao" if with_peers else "")
     implementations = "fast,naive" + (",qpytorch" if with_peers else "")
@@ -30,6 +32,8 @@ def plan(*, tiny: bool, with_peers: bool) -> list[tuple[Callable[[Sequence[str]]
         (memory.main, []),
         (compile_time.main, ["--rounds", "1"]),
         (quality.main, ["--seeds", "2", "--steps", "150"]),
+        (dropcompute.main, ["--rounds", "3"]),
+        (dropcompute_quality.main, ["--seeds", "1"]),
     ]
 
 

@@ -2,6 +2,7 @@
 
 A rank may compute fewer micro-batches than another, so nothing may wait for a rank inside the micro-batch loop:
 gradients are summed once per step, explicitly, and Lightning's look for SIGTERM on other ranks moves to the same place.
+What a rank logged in a micro-batch another may not have logged at all: that is found out before it is averaged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["GradientSum", "look_for_sigterm_once_per_window"]
+from lightning_eff.errors import UnsupportedCombinationError
+
+__all__ = ["GradientSum", "compare_logs_between_ranks", "look_for_sigterm_once_per_window"]
 
 BUCKET_BYTES = 25 << 20
 """Gradients that travel together; the size DistributedDataParallel uses."""
@@ -139,3 +142,47 @@ def look_for_sigterm_once_per_window(trainer: Any) -> None:
             ask(loop)
 
     loop._broadcast_sigterm_tensor = once_per_window
+
+
+def compare_logs_between_ranks(trainer: Any, method: str) -> None:
+    """At the end of an epoch, make sure that all ranks have logged the same values before Lightning averages them.
+
+    Lightning takes the mean over the ranks of one value after the other, in the order in which they were first logged.
+    A value that a rank logs only in micro-batches it has dropped would make the others wait for it for ever, and
+    another order would mix the values up. One small message per epoch.
+
+    Raises:
+        UnsupportedCombinationError: at the end of the epoch, on every rank, if a value is missing on one of them.
+    """
+    connector = trainer._logger_connector
+    end = type(connector).epoch_end_reached
+
+    def compare_first() -> None:
+        if trainer.training:
+            _bring_in_one_order(trainer.fit_loop._results, method)
+        end(connector)
+
+    connector.epoch_end_reached = compare_first
+
+
+def _bring_in_one_order(results: Any, method: str) -> None:
+    own = [key for key, value in results.valid_items() if value.meta.on_epoch and _is_averaged(value)]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    for key in sorted(set().union(*everyone)):
+        if without := [rank for rank, keys in enumerate(everyone) if key not in keys]:
+            hook, _, name = key.partition(".")
+            raise UnsupportedCombinationError(
+                f"self.log({name!r}, ...) in {hook} was called on other ranks in this epoch and never on rank "
+                f"{without[0]}, which under {method!r} may have dropped those micro-batches; its mean over the ranks "
+                "cannot be taken. Log it in every micro-batch, or with sync_dist=False."
+            )
+    if any(keys != own for keys in everyone):
+        for key in everyone[0]:
+            results[key] = results.pop(key)
+
+
+def _is_averaged(value: Any) -> bool:
+    """Whether Lightning, or a metric object itself, goes to the other ranks for it."""
+    sync = value.meta.sync
+    return not value.is_tensor or (sync.should and not sync.rank_zero_only)

@@ -30,17 +30,17 @@ from lightning_eff.functional.delays import Delay, parse_delay
 from lightning_eff.functional.dropcompute import Normalize, gradient_factor
 from lightning_eff.functional.dropcompute_model import best_threshold
 from lightning_eff.functional.timings import write_timings
-from lightning_eff.integration.collectives import GradientSum, look_for_sigterm_once_per_window
+from lightning_eff.integration import collectives
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.strategies.guard import CollectiveGuard
-from lightning_eff.strategies.window import Clock, Tally, Window
+from lightning_eff.strategies.window import Clock, HeldClock, Measured, Tally, Window
 
 UNSETTLED_STEPS = 5
 """Steps at the beginning of a run whose times say nothing about later ones."""
 KEY = "DropComputeStrategy"
 
 
-class DropComputeMixin(CollectiveGuard):
+class DropComputeMixin(HeldClock, CollectiveGuard):
     """Synchronous data parallelism with bounded compute time: late ranks drop micro-batches, nobody waits for them.
 
     Every rank computes the micro-batches of an optimizer step (``accumulate_grad_batches`` of them) until its compute
@@ -122,10 +122,11 @@ class DropComputeMixin(CollectiveGuard):
         self._measuring_until = warmup_steps if automatic else 0
         self._unsettled_until = UNSETTLED_STEPS
         self._trainer: Any = None
-        self._sum: GradientSum | None = None
+        self._sum: collectives.GradientSum | None = None
+        self._clock, self._window = Clock(torch.device("cpu")), Window()
         self._steps = 0
-        self._run, self._recent = Tally(), Tally()
-        self._measured: list[tuple[list[float], float]] = []
+        self._total, self._run, self._recent = Tally(), Tally(), Tally()
+        self._measured, self._measured_for = Measured(), 0
 
     # ------------------------------------------------------------------------------------------ set up
 
@@ -135,10 +136,17 @@ class DropComputeMixin(CollectiveGuard):
         if trainer.state.fn == "fit":
             self._refuse(trainer)
         super().setup(trainer)  # type: ignore[misc]
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):  # type: ignore[attr-defined]
+            raise UnsupportedCombinationError(
+                "'dropcompute' cannot be combined with LBFGS, which computes the loss several times in a step. Use "
+                "another optimizer, or strategy='ddp'."
+            )
         self._clock = Clock(self.root_device)  # type: ignore[attr-defined]
         self._window = Window(started=self._clock.now())
-        self._max_steps = trainer.fit_loop.epoch_loop.max_steps
-        look_for_sigterm_once_per_window(trainer)
+        # A second fit begins with what the first has added to max_steps.
+        self._max_steps, self._made_good = trainer.fit_loop.epoch_loop.max_steps, self._total.dropped
+        collectives.look_for_sigterm_once_per_window(trainer)
+        collectives.compare_logs_between_ranks(trainer, self.info.name)
 
     def _refuse(self, trainer: Any) -> None:
         if getattr(self, "_layer_sync", None) is not None:
@@ -180,7 +188,11 @@ class DropComputeMixin(CollectiveGuard):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the micro-batch, or return a loss of zero if the threshold has passed."""
-        window, now = self._window, self._clock.now()
+        now = self._clock.now()
+        place = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1
+        if place % self.micro_batches == 0 and self._window.offered:  # the epoch before was cut short inside a window
+            self._window = Window(started=now)
+        window = self._window
         tau = math.inf if self._steps < self._measuring_until else self.threshold_s
         self._dropping = not window.goes_on(
             now, tau=tau, least=self.min_micro_batches, with_data=self.include_data_time
@@ -225,7 +237,7 @@ class DropComputeMixin(CollectiveGuard):
         world, rank, window = dist.get_world_size(), dist.get_rank(), self._window
         parameters = [p for p in self.lightning_module.parameters() if p.requires_grad]  # type: ignore[attr-defined]
         if self._sum is None or [id(p) for p in self._sum.parameters] != [id(p) for p in parameters]:
-            self._sum = GradientSum(parameters, 2 * world)
+            self._sum = collectives.GradientSum(parameters, 2 * world)
         numbers = [0.0] * (2 * world)
         numbers[rank], numbers[world + rank] = len(window.times), sum(window.times)
         sums = self._sum(numbers)
@@ -268,13 +280,15 @@ class DropComputeMixin(CollectiveGuard):
     def _end_step(self) -> None:
         window, now = self._window, self._clock.now(wait_for_all=True)
         wall_s = now - window.started
-        for tally in (self._run, self._recent):
+        for tally in (self._total, self._run, self._recent):
             tally.add(self._counts, self._elapsed_s, window.offered, wall_s)
         self._sync_buffers()
         self._steps += 1
+        if self.micro_batches != self._measured_for:
+            self._measure_anew()
         whole = window.offered == self.micro_batches and sum(self._counts) == window.offered * len(self._counts)
         if whole and self._steps > self._unsettled_until and (self._measuring() or self.record_timings):
-            self._measured.append((window.times, wall_s))
+            self._measured.rows.append([*window.times, wall_s])
         self._estimate()
         self._compensate()
         if self._steps % self._trainer.log_every_n_steps == 0:
@@ -288,7 +302,7 @@ class DropComputeMixin(CollectiveGuard):
 
     def _compensate(self) -> None:
         if self.compensate:
-            whole_steps = self._run.dropped // (self.micro_batches * dist.get_world_size())
+            whole_steps = (self._total.dropped - self._made_good) // (self.micro_batches * dist.get_world_size())
             self._trainer.fit_loop.epoch_loop.max_steps = self._max_steps + whole_steps
 
     # ------------------------------------------------------------------------------------------ the threshold
@@ -296,31 +310,35 @@ class DropComputeMixin(CollectiveGuard):
     def _measuring(self) -> bool:
         return self._steps <= self._measuring_until
 
+    def _measure_anew(self) -> None:
+        """``accumulate_grad_batches`` has changed: what was measured is of another step."""
+        if self._measured_for and self.threshold == "auto":
+            self._measuring_until = self._steps + self.warmup_steps
+        self._measured, self._measured_for = Measured(), self.micro_batches
+
     def _estimate(self) -> None:
         """At the end of a measurement, agree on a threshold; where asked, begin another."""
         every = self.re_estimate_every_n_steps
-        if self._steps == self._measuring_until and self._measured:
-            table, other = self._gather()
+        measured = self._steps == self._measuring_until
+        if measured and self._measured.rows:
+            table, other = self._measured.gather()
             self._record(table, other)
             tau = best_threshold(
                 table, other, min_micro_batches=self.min_micro_batches, max_drop_rate=self.max_drop_rate
             )
             # Equal tables give equal thresholds; different processors might round differently.
             self.threshold_s = float(self.broadcast(tau))
-        elif self.record_timings and len(self._measured) == self.warmup_steps:
-            self._record(*self._gather())
+        elif measured and math.isinf(self.threshold_s):
+            warnings.warn(
+                f"dropcompute has measured nothing and drops nothing: none of {self.warmup_steps} steps was a full one "
+                f"of accumulate_grad_batches={self.micro_batches} micro-batches. Use fewer, or threshold=seconds.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+        elif self.record_timings and len(self._measured.rows) == self.warmup_steps:
+            self._record(*self._measured.gather())
         elif every and self.threshold == "auto" and self._steps % every == 0:
             self._measuring_until = self._steps + max(self.warmup_steps // 5, 1)
-
-    def _gather(self) -> tuple[Tensor, Tensor]:
-        """Micro-batch times of the measured steps, (I, N, M), and the time outside the loop, (I,)."""
-        self._measured, measured = [], self._measured
-        own = torch.tensor([[*times, wall_s] for times, wall_s in measured], dtype=torch.float64)
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, own)
-        everyone = torch.stack(parts, dim=1)
-        table, walls = everyone[..., :-1], everyone[..., -1]
-        return table, (walls.mean(1) - table.sum(-1).amax(1)).clamp(min=0)
 
     def _record(self, table: Tensor, other: Tensor) -> None:
         if self.record_timings and dist.get_rank() == 0:
@@ -359,21 +377,22 @@ class DropComputeMixin(CollectiveGuard):
         checkpoint[KEY] = {
             "threshold_s": self.threshold_s,
             "steps": self._steps,
-            "computed": self._run.computed,
-            "dropped": self._run.dropped,
+            "computed": self._total.computed,
+            "dropped": self._total.dropped,
         }
-        super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Restore the optimizers, the threshold and the tally."""
         super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
         if state := checkpoint.get(KEY):
             self._steps, self._unsettled_until = int(state["steps"]), int(state["steps"]) + UNSETTLED_STEPS
-            self._run.computed, self._run.dropped = int(state["computed"]), int(state["dropped"])
+            self._total.computed, self._total.dropped = int(state["computed"]), int(state["dropped"])
+            self._compensate()
             if self.threshold == "auto":
                 self.threshold_s = float(state["threshold_s"])
-                unfinished = self._steps < self.warmup_steps
-                self._measuring_until = self._steps + self.warmup_steps if unfinished else 0
+                # It is inf until the first measurement has ended, however often that was cut and begun anew.
+                self._measuring_until = self._steps + self.warmup_steps if math.isinf(self.threshold_s) else 0
 
 
 def _check(allowed: bool, name: str, given: Any, what: str) -> None:
