@@ -58,7 +58,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
             gradients shrink with the drop rate, as in the authors' code.
         min_micro_batches: computed by every rank in every step however late it is, 1 or more.
         include_data_time: count waiting for data as compute time.
-        compensate: ``"extra_steps"`` adds one step to ``max_steps`` for every step's worth of dropped micro-batches.
+        compensate: ``"extra_steps"`` adds a step to ``max_steps`` for every one dropped in sum; OneCycleLR ends before.
         re_estimate_every_n_steps: measure again every n steps, for a fifth of ``warmup_steps``; 0 never.
         delay: simulated stragglers: ``"lognormal"`` (the paper's), ``"stall"``, ``"stall:p=0.1,factor=3"``, the path of
             recorded timings, or a :class:`~lightning_eff.functional.delays.Delay`.
@@ -297,8 +297,8 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
 
     def _sync_buffers(self) -> None:
         """Running statistics are those of rank 0 at the beginning of every step, as in DistributedDataParallel."""
-        for buffer in self.lightning_module.buffers():  # type: ignore[attr-defined]
-            dist.broadcast(buffer, src=0)
+        if buffers := [buffer.detach() for buffer in self.lightning_module.buffers()]:  # type: ignore[attr-defined]
+            dist._broadcast_coalesced(dist.distributed_c10d._get_default_group(), buffers, 250 << 20, 0)
 
     def _compensate(self) -> None:
         if self.compensate:

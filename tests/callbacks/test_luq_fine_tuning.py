@@ -132,7 +132,7 @@ def test_a_bad_rate_is_named() -> None:
         LUQFineTuning(3, base_lr=-1)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "fp8"])
+@pytest.mark.parametrize("precision", ["32-true", "dfp16"])
 def test_another_precision_is_refused(precision: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedCombinationError, match="precision='luq4'"):
         trainer(tmp_path, LUQFineTuning(3), precision=precision).fit(Model(), data())

@@ -102,6 +102,7 @@ def _run(call: Call) -> Any:
                 world_size=call.world_size,
                 timeout=dt.timedelta(seconds=call.timeout_s),
             )
+            dist.barrier()  # a rank that is done at once must not leave while another is still connecting
         try:
             return call.fn(call.rank, call.world_size, *call.args, **call.kwargs)
         finally:
