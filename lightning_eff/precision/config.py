@@ -26,7 +26,7 @@ Products = Literal["auto", "native", "emulated"]
 OnNonFinite = Literal["raise", "warn"]
 Scaling = Literal["tensorwise", "rowwise", "delayed"]
 SLOW_FEATURES, SLOW_CHANNELS = 64, 16
-"""Linear layers and convolutions up to this size get no faster by FP8 on a CPU (``python -m benchmarks.layers``)."""
+"""Linear layers (``python -m benchmarks.layers``) and convolutions up to this size are not clearly faster on a CPU."""
 MasterWeights = Literal["float32", "flex16"]
 
 
@@ -193,7 +193,7 @@ class FP8Config(LayerConfig):
         return RowwiseFP8Format(self) if self.scaling == "rowwise" else FP8Format(self)
 
     def too_slow(self, shape: Sequence[int], device: torch.device) -> str:
-        """The sizes that were not faster than float32 at any batch size (CPU); those torchao leaves out (CUDA)."""
+        """The sizes not clearly faster than float32 at any batch size (CPU); those torchao leaves out (CUDA)."""
         if not self.filter_slow or len(shape) < 2:
             return ""
         outputs, inputs = shape[:2]
