@@ -20,15 +20,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime as dt
 import io
 import math
-import os
-import pickle
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,14 +32,13 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 
+from benchmarks._ranks import launch
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import ratio, spread
-from examples.common.compare import quiet
 from lightning_eff.functional.delays import parse_delay
 from lightning_eff.functional.dropcompute import Timings
 from lightning_eff.functional.dropcompute_model import best_threshold, predicted
@@ -211,36 +206,6 @@ def _measure(options: argparse.Namespace) -> Iterator[Result]:
             for variant in VARIANTS[start:] + VARIANTS[:start]:
                 result.blocks[variant].append(_block(variant, table, tau))
         yield result
-
-
-def _rank(rank: int, work: Callable[..., Iterator[Any]], world: int, folder: str, pipe: Any, args: Any) -> None:
-    """Be one rank, as if started by torchrun; rank 0 sends what ``work`` yields."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", TORCHELASTIC_RUN_ID="benchmark")
-    os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    torch.set_num_threads(1)
-    quiet()
-    wait = dt.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=wait)
-    for item in work(*args):
-        if rank == 0:
-            pipe.send_bytes(pickle.dumps(item))  # by value: its tensors outlive this process
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads abort the interpreter now and then when it takes itself apart
-
-
-def launch(work: Callable[..., Iterator[Any]], world: int, *args: Any) -> Iterator[Any]:
-    """Run the generator function ``work(*args)`` on ``world`` gloo ranks and yield what it yields on rank 0."""
-    receiving, sending = mp.get_context("spawn").Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.spawn(_rank, (work, world, folder, sending, args), nprocs=world, join=False)
-        ended = False
-        while not ended:
-            ended = ranks.join(timeout=0.2)
-            while receiving.poll():
-                yield pickle.loads(receiving.recv_bytes())
-    receiving.close()
-    sending.close()
 
 
 def _after_look(reached: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from benchmarks._ranks import launch
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import spread
-from benchmarks.dropcompute import launch
 from examples.common.data import DigitsData, StdlibText
 from examples.common.modules import CharGPT, DigitsCNN
 from lightning_eff.functional.delays import LognormalDelay

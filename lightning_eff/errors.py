@@ -34,6 +34,10 @@ class NonFiniteGradientError(EffError, RuntimeError):
     """A gradient holds NaN or Inf; it was stopped before it reached a parameter."""
 
 
+class RankLostError(EffError, RuntimeError):
+    """A rank did not come to where all ranks had to meet, or was lost there."""
+
+
 class MissingDependencyError(EffError, ImportError):
     """An optional package is needed for what was asked."""
 

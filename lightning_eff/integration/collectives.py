@@ -8,6 +8,7 @@ What a rank logged in a micro-batch another may not have logged at all: that is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +78,13 @@ class GradientSum:
             self.buckets.append(_Bucket(group, torch.zeros(size, dtype=dtype, device=device)))
         self._carrier = self.buckets[first]
 
-    def __call__(self, numbers: Sequence[float]) -> list[float]:
-        """Sum over the ranks; return the sums of ``numbers``. :meth:`write_back` gives the gradients."""
+    def __call__(self, numbers: Sequence[float], within: AbstractContextManager[None] | None = None) -> list[float]:
+        """Sum over the ranks; return the sums of ``numbers``. :meth:`write_back` gives the gradients.
+
+        Args:
+            numbers: of this rank.
+            within: what the all-reduce runs in, for instance a :class:`~lightning_eff.integration.roll_call.RollCall`.
+        """
         world = dist.get_world_size()
         for bucket in self.buckets:
             if bucket.parameters:
@@ -88,8 +94,9 @@ class GradientSum:
         tail.copy_(torch.tensor([*numbers, *flags], dtype=torch.float32))
         # The carrier first: what it says decides what becomes of the others.
         order = sorted(self.buckets, key=lambda bucket: bucket is not self._carrier)
-        for work in [dist.all_reduce(bucket.buffer, async_op=True) for bucket in order]:
-            work.wait()
+        with within or nullcontext():
+            for work in [dist.all_reduce(bucket.buffer, async_op=True) for bucket in order]:
+                work.wait()
         sums: list[float] = tail.tolist()
         self._used = {id(p) for p, flag in zip(self.parameters, sums[len(numbers) :], strict=True) if flag}
         return sums[: len(numbers)]
@@ -100,6 +107,22 @@ class GradientSum:
         suspects = [bucket for bucket, size in sizes if not bool(bucket.buffer[:size].sum().isfinite())]
         pairs = [pair for bucket in suspects for pair in zip(bucket.parameters, bucket.slices, strict=True)]
         return [p for p, part in pairs if not bool(part.isfinite().all())]
+
+    def breakers(self, losses: Sequence[Tensor]) -> list[str]:
+        """Name the ranks whose own gradients hold NaN or Inf, and their first micro-batch whose loss does; collective.
+
+        Args:
+            losses: of this rank's micro-batches.
+        """
+        bad = [i for i, loss in enumerate(losses) if not bool(loss.isfinite())]
+        own = any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in self.parameters)
+        where: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(where, (own, bad))
+        return [
+            f"rank {rank}" + (f", micro-batch {found[0]}" if found else "")
+            for rank, (is_broken, found) in enumerate(where)
+            if is_broken
+        ]
 
     @torch.no_grad()
     def write_back(self, factor: float = 1.0) -> None:

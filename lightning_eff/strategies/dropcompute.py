@@ -31,6 +31,7 @@ from lightning_eff.functional.dropcompute import Normalize, gradient_factor
 from lightning_eff.functional.dropcompute_model import best_threshold
 from lightning_eff.functional.timings import write_timings
 from lightning_eff.integration import collectives
+from lightning_eff.integration.roll_call import RollCall
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.strategies.guard import CollectiveGuard
 from lightning_eff.strategies.window import Clock, HeldClock, Measured, Tally, Window
@@ -67,14 +68,15 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         on_nonfinite: ``"raise"`` on every rank before a NaN or Inf gradient reaches a parameter, or ``"warn"``. With
             fp16's loss scaler, which skips such steps, nothing is checked.
         process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
-        timeout_s: seconds after which a collective that a rank does not join fails on the others.
+        timeout_s: seconds after which a collective that a rank does not join fails on the others, and names it (gloo).
 
     Raises:
         ConfigurationError: an option is outside its range.
         UnsupportedCombinationError: SyncBatchNorm, manual optimization, or a collective inside ``training_step``: other
             ranks may have dropped the micro-batch that would answer.
 
-    State: ``threshold_s``, ``steps``, ``computed``, ``dropped`` under ``DropComputeStrategy`` in the checkpoint.
+    State: ``threshold_s``, ``measured`` (it is what ``"auto"`` has measured, and is kept), ``steps``, ``computed``,
+        ``dropped`` under ``DropComputeStrategy`` in the checkpoint.
     Randomness: simulated delays hash (seed, step, rank, micro-batch).
     """
 
@@ -127,6 +129,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         self._steps = 0
         self._total, self._run, self._recent = Tally(), Tally(), Tally()
         self._measured, self._measured_for = Measured(), 0
+        self._has_measured = False  # whether threshold_s comes from a measurement that has ended
 
     # ------------------------------------------------------------------------------------------ set up
 
@@ -175,6 +178,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         """Give every rank the weights of rank 0. The wrapper would reduce in a backward that a rank may drop."""
         from torch.distributed.utils import _sync_module_states
 
+        self._roll_call = RollCall(self.info.name)
         model: nn.Module = self.model  # type: ignore[attr-defined]
         group: Any = dist.group.WORLD
         _sync_module_states(model, group, 250 << 20, src=0, params_and_buffers_to_ignore=[])
@@ -240,7 +244,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
             self._sum = collectives.GradientSum(parameters, 2 * world)
         numbers = [0.0] * (2 * world)
         numbers[rank], numbers[world + rank] = len(window.times), sum(window.times)
-        sums = self._sum(numbers)
+        sums = self._sum(numbers, within=self._roll_call(f"optimizer step {self._steps}"))
         self._counts, self._elapsed_s = sums[:world], sums[world:]
         self._check_finite()
         factor = 1.0
@@ -257,18 +261,10 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         if not broken:
             return
         names = [name for name, p in self.lightning_module.named_parameters() if id(p) in broken]  # type: ignore[attr-defined]
-        bad = [i for i, loss in enumerate(self._window.losses) if not bool(loss.isfinite())]
-        own = any(p.grad is not None and not bool(p.grad.isfinite().all()) for p in self._sum.parameters)
-        where: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(where, (own, bad))
-        ranks = [
-            f"rank {rank}" + (f", micro-batch {found[0]}" if found else "")
-            for rank, (is_broken, found) in enumerate(where)
-            if is_broken
-        ]
+        ranks = "; ".join(self._sum.breakers(self._window.losses))
         message = (
-            f"dropcompute: the gradient is NaN or Inf at optimizer step {self._steps} (from {'; '.join(ranks)}) in "
-            f"{len(names)} parameters: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
+            f"dropcompute: the gradient is NaN or Inf at optimizer step {self._steps} (from {ranks}) in {len(names)} "
+            f"parameters: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
         )
         if self.on_nonfinite == "raise":
             raise NonFiniteGradientError(
@@ -298,7 +294,8 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
     def _sync_buffers(self) -> None:
         """Running statistics are those of rank 0 at the beginning of every step, as in DistributedDataParallel."""
         if buffers := [buffer.detach() for buffer in self.lightning_module.buffers()]:  # type: ignore[attr-defined]
-            dist._broadcast_coalesced(dist.distributed_c10d._get_default_group(), buffers, 250 << 20, 0)
+            with self._roll_call(f"the end of optimizer step {self._steps}"):
+                dist._broadcast_coalesced(dist.distributed_c10d._get_default_group(), buffers, 250 << 20, 0)
 
     def _compensate(self) -> None:
         if self.compensate:
@@ -313,7 +310,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
     def _measure_anew(self) -> None:
         """``accumulate_grad_batches`` has changed: what was measured is of another step."""
         if self._measured_for and self.threshold == "auto":
-            self._measuring_until = self._steps + self.warmup_steps
+            self._measuring_until, self._has_measured = self._steps + self.warmup_steps, False
         self._measured, self._measured_for = Measured(), self.micro_batches
 
     def _estimate(self) -> None:
@@ -327,7 +324,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
                 table, other, min_micro_batches=self.min_micro_batches, max_drop_rate=self.max_drop_rate
             )
             # Equal tables give equal thresholds; different processors might round differently.
-            self.threshold_s = float(self.broadcast(tau))
+            self.threshold_s, self._has_measured = float(self.broadcast(tau)), True
         elif measured and math.isinf(self.threshold_s):
             warnings.warn(
                 f"dropcompute has measured nothing and drops nothing: none of {self.warmup_steps} steps was a full one "
@@ -376,6 +373,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         """Save, with the threshold and the tally."""
         checkpoint[KEY] = {
             "threshold_s": self.threshold_s,
+            "measured": self._has_measured,
             "steps": self._steps,
             "computed": self._total.computed,
             "dropped": self._total.dropped,
@@ -390,9 +388,11 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
             self._total.computed, self._total.dropped = int(state["computed"]), int(state["dropped"])
             self._compensate()
             if self.threshold == "auto":
-                self.threshold_s = float(state["threshold_s"])
-                # It is inf until the first measurement has ended, however often that was cut and begun anew.
-                self._measuring_until = self._steps + self.warmup_steps if math.isinf(self.threshold_s) else 0
+                saved = float(state["threshold_s"])
+                # Older checkpoints do not say; in them inf is taken for a measurement that had not ended.
+                self._has_measured = bool(state.get("measured", math.isfinite(saved)))
+                self.threshold_s = saved if self._has_measured else math.inf
+                self._measuring_until = 0 if self._has_measured else self._steps + self.warmup_steps
 
 
 def _check(allowed: bool, name: str, given: Any, what: str) -> None:

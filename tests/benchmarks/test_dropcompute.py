@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -46,17 +46,6 @@ def test_stock_ddp_waits_in_every_micro_batch() -> None:
     assert dropcompute._stock_times(times).tolist() == [4.5, 6.0]
     predicted = dropcompute._predict(times, math.inf)
     assert predicted == {"ddp": pytest.approx(10.5 / 8.5), "ddp, one look": 1.0, "dropcompute, inf": 1.0}
-
-
-def _break(number: int) -> Iterator[int]:
-    yield number
-    raise RuntimeError(f"broken on purpose, {number}")
-
-
-@pytest.mark.long
-def test_a_broken_rank_ends_the_run() -> None:
-    with pytest.raises(Exception, match="broken on purpose, 7"):
-        list(dropcompute.launch(_break, 1, 7))
 
 
 def test_quality(tmp_path: Path) -> None:

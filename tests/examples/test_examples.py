@@ -46,6 +46,19 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer.trainer.callback_metrics["val_accuracy"] > 0.2
 
 
+def test_stragglers_by_its_path(tmp_path: Path) -> None:
+    """Rank 1 is always slow, so that dropping is certain: one of its eight micro-batches, a sixteenth of all."""
+    command = [sys.executable, str(ROOT / "examples" / "stragglers.py"), "--fast", "--delay", "slow:rank=1,factor=4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    cells = {line[:48].strip(): line[48:].split() for line in done.stdout.splitlines()}
+    assert cells["micro-batches dropped"][0] == "0.0%"
+    assert 0 < float(cells["micro-batches dropped"][1].rstrip("%")) <= 15
+    assert all(float(cell) > 90 for cell in cells["held-out accuracy, %"])
+    assert done.stdout.count("dropcompute over ddp, seed by seed:") == 1, "rank 0 alone prints"
+    assert not list(tmp_path.iterdir())
+
+
 def write_batch(path: Path, images: int) -> None:
     generator = np.random.default_rng(0)
     records = generator.integers(0, 256, (images, 3073), dtype=np.uint8)

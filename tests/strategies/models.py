@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,18 @@ def trainer(strategy: Any, root: str = NAMESPACES[0], **options: Any) -> Any:
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     small = dict(accelerator="cpu", devices=2, max_epochs=1, use_distributed_sampler=False, num_sanity_val_steps=0)
     return pl.Trainer(strategy=strategy, **{**quiet, **small, **options})
+
+
+def stock() -> Any:
+    from lightning.pytorch.strategies import DDPStrategy
+
+    return DDPStrategy(process_group_backend="gloo")
+
+
+def ours(**options: Any) -> Any:
+    from lightning_eff.strategies import DropComputeStrategy
+
+    return DropComputeStrategy(**{"threshold": math.inf, "process_group_backend": "gloo", **options})
 
 
 def parameters_of(module: nn.Module) -> Tensor:

@@ -49,7 +49,13 @@ def _hang(folder: Path) -> None:
         time.sleep(0.02)
 
 
-FAULTS = {"die": _die, "raise": _raise, "hang": _hang}
+def _freeze(folder: Path) -> None:
+    """The whole process, with the store if it is rank 0 that keeps it."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+FAULTS = {"die": _die, "raise": _raise, "hang": _hang, "freeze": _freeze}
+WAITED_FOR = {"hang", "freeze"}
 
 
 def _import_everything(rank: int, world: int) -> None:
@@ -66,7 +72,7 @@ def _fit_with_fault(rank: int, world: int, folder: str, kind: str, victim: int, 
             FAULTS[kind](Path(folder))
         return loss_of(self.net, batch[0])
 
-    timeout_s = TIMEOUT_S if kind == "hang" else 60.0
+    timeout_s = TIMEOUT_S if kind in WAITED_FOR else 60.0
     strategy = DropComputeStrategy(threshold=math.inf, process_group_backend="gloo", timeout_s=timeout_s)
     runner = trainer(strategy, accumulate_grad_batches=M)
     try:
@@ -79,7 +85,7 @@ def _fit_with_fault(rank: int, world: int, folder: str, kind: str, victim: int, 
 
 def _fail(folder: Path, kind: str, victim: int, at: int) -> tuple[RanksFailedError, float]:
     """What both ranks reported, and seconds from the fault to the error on the rank without a fault."""
-    if kind == "hang":
+    if kind in WAITED_FOR:
         run_ranks(_import_everything, 2)
     with pytest.raises(RanksFailedError) as caught:
         run_ranks(_fit_with_fault, 2, str(folder), kind, victim, at, init_group=False, timeout_s=30.0)
@@ -87,6 +93,15 @@ def _fail(folder: Path, kind: str, victim: int, at: int) -> tuple[RanksFailedErr
     return caught.value, times[1] - times[0]
 
 
+def _told(error: RanksFailedError, rank: int) -> str:
+    """The message of the RankLostError on ``rank``."""
+    lines = [line for line in str(error).splitlines() if "RankLostError: " in line]
+    (own,) = (line for line in lines if f"where rank {rank} was" in line)
+    return own
+
+
+BEFORE = {FIRST: "the beginning", MIDDLE: "optimizer step 1", LAST: "optimizer step 4"}
+"""Fault -> where the rank was last."""
 LONG = pytest.mark.long
 CASES = [
     pytest.param("raise", 0, FIRST),
@@ -106,10 +121,17 @@ CASES = [
 def test_a_rank_that_fails_ends_the_other(tmp_path: Path, kind: str, victim: int, at: int) -> None:
     error, after_s = _fail(tmp_path, kind, victim, at)
     assert error.failures[victim] == ("died" if kind == "die" else "OwnError")
-    assert error.failures[1 - victim] not in ("died", "hung")
+    assert error.failures[1 - victim] == "RankLostError"
     assert after_s < REPORTED_S
     if kind == "die":
         assert "exit code -9" in str(error)
+    told = _told(error, 1 - victim)
+    assert f"at optimizer step {at // M}, " in told
+    if victim == 1:
+        assert f"Missing: rank 1 (last seen at {BEFORE[at]})" in told
+    else:  # the store may be gone with it
+        assert "Rank 0 has ended or cannot be reached" in told or f"Missing: rank 0 (last seen at {BEFORE[at]})" in told
+    assert "The above exception was the direct cause" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +141,18 @@ def test_a_rank_that_fails_ends_the_other(tmp_path: Path, kind: str, victim: int
 def test_a_rank_that_hangs_ends_the_other_after_the_timeout(tmp_path: Path, victim: int, at: int) -> None:
     error, after_s = _fail(tmp_path, "hang", victim, at)
     assert TIMEOUT_S * 0.5 < after_s < TIMEOUT_S + REPORTED_S
-    assert error.failures[1 - victim] not in ("died", "hung")
+    assert error.failures[1 - victim] == "RankLostError"
     assert "imed out" in str(error)
+    assert f"Missing: rank {victim} (last seen at {BEFORE[at]})" in _told(error, 1 - victim)
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=LONG)])
+def test_a_frozen_process_is_named_though_it_may_keep_the_store(tmp_path: Path, victim: int) -> None:
+    error, after_s = _fail(tmp_path, "freeze", victim, MIDDLE)
+    assert TIMEOUT_S * 0.5 < after_s < TIMEOUT_S + REPORTED_S
+    assert error.failures == {victim: "hung", 1 - victim: "RankLostError"}
+    expected = "Missing: rank 1 (last seen at optimizer step 1)" if victim else "Rank 0 hangs or cannot be reached"
+    assert expected in _told(error, 1 - victim)
 
 
 # ---------------------------------------------------------------------------------------------------- NaN and Inf

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.harness import run_ranks
-from tests.strategies.models import BATCH, NAMESPACES, loader, parameters_of, task, trainer
+from tests.strategies.models import BATCH, NAMESPACES, loader, parameters_of, stock, task, trainer
 from tests.strategies.test_dropcompute import PLAN, SAMPLES, STEPS, M, planned
 
 KEY = "DropComputeStrategy"
@@ -133,7 +133,7 @@ def test_a_run_cut_after_any_step_continues_to_the_same_bits(tmp_path: Path, cut
         _same(whole, continued, cut)
     assert torch.equal(results[0][1]["steps"][-1], results[1][1]["steps"][-1])
     state = torch.load(tmp_path / "cut.ckpt", weights_only=True)[KEY]
-    assert set(state) == {"threshold_s", "steps", "computed", "dropped"}
+    assert set(state) == {"threshold_s", "measured", "steps", "computed", "dropped"}
     assert (state["steps"], state["computed"]) == (cut, sum(COMPUTED[:cut]))
     assert state["dropped"] == 2 * M * cut - state["computed"]
 
@@ -177,18 +177,12 @@ def test_checkpoints_of_a_callback_in_the_middle_of_an_epoch(tmp_path: Path) -> 
 def _inside_a_window(rank: int, world: int, folder: str) -> list[dict[str, Any]]:
     results = []
     for kind in ("planned", "ddp"):
-        strategy = [planned([[M] * 2 * STEPS] * 2) if kind == "planned" else _stock() for _ in range(2)]
+        strategy = [planned([[M] * 2 * STEPS] * 2) if kind == "planned" else stock() for _ in range(2)]
         where = str(Path(folder) / kind)
         more: dict[str, Any] = {"plain": True}
         _run(rank, world, where, strategy[0], cut=4, after=2, **more)
         results.append(_told(_run(rank, world, where, strategy[1], resume=True, **more)))
     return results
-
-
-def _stock() -> Any:
-    from lightning.pytorch.strategies import DDPStrategy
-
-    return DDPStrategy(process_group_backend="gloo")
 
 
 def test_a_checkpoint_inside_a_window_resumes_as_stock_lightning_does(tmp_path: Path) -> None:
@@ -205,11 +199,11 @@ def test_a_checkpoint_inside_a_window_resumes_as_stock_lightning_does(tmp_path: 
 
 def _added_and_taken(rank: int, world: int, folder: str) -> dict[str, Any]:
     full = [[M] * 2 * STEPS] * 2
-    whole = _run(rank, world, folder, _stock(), plain=True)
+    whole = _run(rank, world, folder, stock(), plain=True)
     _run(rank, world, folder, planned(full), cut=4, plain=True)
-    taken = _run(rank, world, folder, _stock(), resume=True, plain=True)
+    taken = _run(rank, world, folder, stock(), resume=True, plain=True)
     other = str(Path(folder) / "other")
-    _run(rank, world, other, _stock(), cut=4, plain=True)
+    _run(rank, world, other, stock(), cut=4, plain=True)
     added = _run(rank, world, other, planned([row[4:] for row in full]), resume=True, plain=True)
     return {"whole": _told(whole), "taken": _told(taken), "added": _told(added)}
 
@@ -241,24 +235,22 @@ MEASURED_STEPS = 22
 MEASURED_SAMPLES = 2 * BATCH * M * MEASURED_STEPS
 
 
-def _automatic() -> Any:
+def _timed(**options: Any) -> Any:
     from lightning_eff.strategies import DropComputeStrategy
 
-    return DropComputeStrategy(
-        threshold="auto",
-        warmup_steps=8,
-        max_drop_rate=0.5,
-        delay="slow:rank=1,factor=15",
-        process_group_backend="gloo",
-    )
+    given = {"threshold": "auto", "warmup_steps": 8, "max_drop_rate": 0.5, "delay": "slow:rank=1,factor=15"}
+    return DropComputeStrategy(**{**given, **options}, process_group_backend="gloo")
 
 
-def _through_warm_up(rank: int, world: int, folder: str, cuts: list[int]) -> list[dict[str, Any]]:
-    """The run, cut and resumed at every one of ``cuts``."""
+def _through_warm_up(
+    rank: int, world: int, folder: str, cuts: list[int], given: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """The run, cut and resumed at every one of ``cuts``, each part with its options of the strategy."""
     results = []
-    for number, cut in enumerate([*cuts, None]):
+    parts = given or [{}] * (len(cuts) + 1)
+    for number, (cut, options) in enumerate(zip([*cuts, None], parts, strict=True)):
         more: dict[str, Any] = {"samples": MEASURED_SAMPLES, "max_epochs": 1, "cut": cut, "resume": number > 0}
-        results.append(_told(_run(rank, world, folder, _automatic(), **more)))
+        results.append(_told(_run(rank, world, folder, _timed(**options), **more)))
     return results
 
 
@@ -273,22 +265,96 @@ def test_a_warm_up_that_was_cut_begins_again(tmp_path: Path, cuts: list[int]) ->
 
 
 def _kept_or_replaced(rank: int, world: int, folder: str) -> list[dict[str, Any]]:
-    from lightning_eff.strategies import DropComputeStrategy
-
     results = _through_warm_up(rank, world, folder, [10])
-    given = DropComputeStrategy(threshold=7.5, process_group_backend="gloo")
+    given = _timed(threshold=7.5, delay=None)
     more: dict[str, Any] = {"samples": MEASURED_SAMPLES, "max_epochs": 1}
     return [*results, _told(_run(rank, world, folder, given, resume=True, **more))]
 
 
 def test_a_measured_threshold_is_kept_and_one_in_seconds_is_the_callers(tmp_path: Path) -> None:
     results = run_ranks(_kept_or_replaced, 2, str(tmp_path), init_group=False)
-    saved = torch.load(tmp_path / "cut.ckpt", weights_only=True)[KEY]["threshold_s"]
+    state = torch.load(tmp_path / "cut.ckpt", weights_only=True)[KEY]
+    saved = state["threshold_s"]
+    assert state["measured"] is True
     assert 0 < saved < math.inf
     for cut, continued, given in results:
         assert cut["threshold_s"] == continued["threshold_s"] == saved
         assert continued["measuring_until"] == 0
         assert given["threshold_s"] == 7.5
+
+
+NOTHING_TO_DROP = {"min_micro_batches": M}
+"""Every micro-batch is computed, so that no threshold gains anything: inf is measured."""
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(folder / "cut.ckpt", weights_only=True)[KEY]
+    return state
+
+
+def test_a_measured_inf_is_kept_as_well(tmp_path: Path) -> None:
+    given = [NOTHING_TO_DROP, {}]
+    for cut, continued in run_ranks(_through_warm_up, 2, str(tmp_path), [10], given, init_group=False):
+        assert math.isinf(cut["threshold_s"])
+        assert math.isinf(continued["threshold_s"]), "measured again, the slow rank would have given a finite one"
+        assert continued["measuring_until"] == 0
+    state = _state(tmp_path)
+    assert (state["threshold_s"], state["measured"]) == (math.inf, True)
+
+
+def test_a_threshold_that_was_given_is_not_taken_for_a_measured_one(tmp_path: Path) -> None:
+    given = [{"threshold": 7.5, "delay": None}, {}]
+    results = run_ranks(_through_warm_up, 2, str(tmp_path), [10], given, init_group=False)
+    for cut, continued in results:
+        assert cut["threshold_s"] == 7.5
+        assert continued["measuring_until"] == 10 + 8
+        assert 0 < continued["threshold_s"] == results[0][1]["threshold_s"] < 7.5
+    state = _state(tmp_path)
+    assert (state["threshold_s"], state["measured"]) == (7.5, False)
+
+
+def _from_an_older_version(rank: int, world: int, folder: str, threshold_s: float) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    more: dict[str, Any] = {"samples": MEASURED_SAMPLES, "max_epochs": 1}
+    _run(rank, world, folder, _timed(**NOTHING_TO_DROP), cut=10, **more)
+    if rank == 0:
+        checkpoint = torch.load(Path(folder) / "cut.ckpt", weights_only=True)
+        del checkpoint[KEY]["measured"]
+        checkpoint[KEY]["threshold_s"] = threshold_s
+        torch.save(checkpoint, Path(folder) / "cut.ckpt")
+    dist.barrier()
+    return _told(_run(rank, world, folder, _timed(), resume=True, **more))
+
+
+@pytest.mark.parametrize("saved", [5.0, math.inf])
+def test_a_checkpoint_that_does_not_say_whether_it_measured(tmp_path: Path, saved: float) -> None:
+    """A finite threshold is kept, inf is measured."""
+    for result in run_ranks(_from_an_older_version, 2, str(tmp_path), saved, init_group=False):
+        assert result["measuring_until"] == (0 if saved == 5.0 else 10 + 8)
+        assert (result["threshold_s"] == 5.0) == (saved == 5.0)
+        assert result["threshold_s"] < math.inf
+
+
+def _cut_after_a_change(rank: int, world: int, folder: str) -> list[dict[str, Any]]:
+    """Measured with 2 micro-batches in a step; cut while it measures again, with 4."""
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    options: dict[str, Any] = {"samples": 2 * BATCH * M * 5, "max_epochs": 4}
+    change = GradientAccumulationScheduler({0: 2, 1: M})
+    first = _run(rank, world, folder, _timed(), cut=13, callbacks=[change], accumulate_grad_batches=1, **options)
+    return [_told(first), _told(_run(rank, world, folder, _timed(), resume=True, **options))]
+
+
+def test_a_threshold_for_other_steps_is_not_kept(tmp_path: Path) -> None:
+    first, second = run_ranks(_cut_after_a_change, 2, str(tmp_path), init_group=False)
+    state = _state(tmp_path)
+    assert state["measured"] is False
+    assert state["steps"] == 13
+    assert state["threshold_s"] == first[0]["threshold_s"] < math.inf
+    assert first[1]["measuring_until"] == second[1]["measuring_until"] == 13 + 8
+    assert first[1]["threshold_s"] == second[1]["threshold_s"] < math.inf
+    assert first[1]["threshold_s"] != first[0]["threshold_s"]
 
 
 # ---------------------------------------------------------------------------------------------------- the tally

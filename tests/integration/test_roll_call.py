@@ -1,0 +1,197 @@
+"""A roll call names the ranks that did not come to a collective, whatever has become of them and of the store."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_eff.errors import EffError, RankLostError
+from lightning_eff.integration import roll_call as module
+from lightning_eff.integration.roll_call import RollCall
+from tests.harness import run_ranks
+
+WAIT_S = 1.0
+"""Timeout of the group's collectives."""
+
+
+def _group(wait_s: float = WAIT_S) -> None:
+    """Over a TCPStore, as Lightning and torchrun form theirs."""
+    dist.init_process_group("gloo", timeout=dt.timedelta(seconds=60))
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(dt.timedelta(seconds=wait_s))
+
+
+def _meet(roll_call: RollCall, step: int) -> str:
+    """Return what the error says, or nothing."""
+    try:
+        with roll_call(f"step {step}"):
+            dist.all_reduce(torch.ones(3))
+    except RankLostError as error:
+        return str(error) if isinstance(error.__cause__, RuntimeError) else "without its cause"
+    return ""
+
+
+def _absent(rank: int, world: int, folder: str, absent: list[int]) -> str:
+    """Three steps; those that are absent do not come to the last."""
+    _group()
+    roll_call = RollCall("test")
+    dist.barrier()
+    assert [_meet(roll_call, step) for step in range(3)] == [""] * 3
+    mark = Path(folder) / f"told-{rank}"
+    if rank in absent:
+        while len(list(Path(folder).iterdir())) < world - len(absent):
+            time.sleep(0.02)
+        return ""
+    told = _meet(roll_call, 3)
+    mark.touch()
+    while len(list(Path(folder).iterdir())) < world - len(absent):  # rank 0 keeps the store
+        time.sleep(0.02)
+    return told
+
+
+@pytest.mark.parametrize("absent", [[1], [0], [0, 2]], ids=str)
+def test_everybody_names_those_who_are_missing(tmp_path: Path, absent: list[int]) -> None:
+    told = run_ranks(_absent, 3, str(tmp_path), absent, init_group=False, timeout_s=20.0)
+    seen = ", ".join(f"rank {rank} (last seen at step 2)" for rank in absent)
+    for rank in set(range(3)) - set(absent):
+        assert told[rank].startswith(f"test: the ranks did not come together at step 3, where rank {rank} was. ")
+        assert f"Missing: {seen}. It hangs or has ended" in told[rank]
+        assert "The collective said: " in told[rank]
+
+
+def _again(rank: int, world: int, folder: str) -> str:
+    """A second roll call of the same name in the same group: the notes of the first do not count."""
+    _group()
+    roll_call = RollCall("test")
+    for step in range(5):
+        _meet(roll_call, step)
+    roll_call = RollCall("test")
+    dist.barrier()
+    if rank == 1:
+        while not (Path(folder) / "told").exists():
+            time.sleep(0.02)
+        return ""
+    told = _meet(roll_call, 0)
+    (Path(folder) / "told").touch()
+    return told
+
+
+def test_notes_of_an_earlier_roll_call_do_not_count(tmp_path: Path) -> None:
+    told, _ = run_ranks(_again, 2, str(tmp_path), init_group=False, timeout_s=20.0)
+    assert "Missing: rank 1 (last seen at the beginning)" in told
+
+
+def _late(rank: int, world: int, folder: str) -> str:
+    """Rank 1 comes when rank 0 has given up waiting."""
+    _group()
+    roll_call = RollCall("test")
+    dist.barrier()
+    if rank == 1:
+        while not (Path(folder) / "told").exists():
+            time.sleep(0.02)
+        told = _meet(roll_call, 0)
+        (Path(folder) / "late").touch()
+        return told
+    told = _meet(roll_call, 0)
+    (Path(folder) / "told").touch()
+    while not (Path(folder) / "late").exists():
+        time.sleep(0.02)
+    return told
+
+
+def test_who_comes_too_late_is_told_that_the_others_have_left(tmp_path: Path) -> None:
+    first, second = run_ranks(_late, 2, str(tmp_path), init_group=False, timeout_s=20.0)
+    assert "Missing: rank 1" in first
+    assert "So was every other rank" in second
+
+
+def _what_the_store_keeps(rank: int, world: int) -> dict[str, Any]:
+    _group(60.0)
+    roll_call = RollCall("test")
+    dist.barrier()
+    store = dist.distributed_c10d._get_default_store()
+    before, times = store.num_keys(), []
+    for step in range(200):
+        began = time.perf_counter()
+        with roll_call(f"step {step}"):
+            pass
+        times.append(time.perf_counter() - began)
+    dist.barrier()
+    found = {"keys": store.num_keys() - before, "seconds": sorted(times)[100], "note": store.get(f"test/{1 - rank}")}
+    dist.barrier()  # rank 0 keeps the store
+    return found
+
+
+def test_a_note_costs_next_to_nothing_and_the_store_does_not_grow() -> None:
+    for found in run_ranks(_what_the_store_keeps, 2, init_group=False):
+        assert found["keys"] == 0
+        assert found["seconds"] < 0.3e-3
+        assert found["note"] == b"200 step 199"
+
+
+def _fails(rank: int, world: int, error: type[Exception]) -> tuple[str, str]:
+    try:
+        with RollCall("test")("step 0"):
+            raise error("on purpose")
+    except (EffError, error) as caught:
+        return type(caught).__name__, str(caught)
+
+
+def test_other_errors_pass_and_a_store_that_keeps_every_note_is_left_alone() -> None:
+    """The harness forms its groups over a file, which grows with every write."""
+    for kind, told in run_ranks(_fails, 2, ValueError):
+        assert (kind, told) == ("ValueError", "on purpose")
+    for kind, told in run_ranks(_fails, 2, RuntimeError):
+        assert kind == "RankLostError"
+        assert "not known, because the process group was not formed over a TCPStore" in told
+    assert run_ranks(_fails, 1, RuntimeError) == [("RuntimeError", "on purpose")]
+
+
+class Store:
+    """Answers like a TCPStore: as it is told to."""
+
+    def __init__(self, error: Exception | None = None, wait_s: float = 0.0, notes: dict[str, bytes] | None = None):
+        self.error, self.wait_s, self.notes = error, wait_s, notes or {}
+
+    def check(self, keys: list[str]) -> bool:
+        time.sleep(self.wait_s)
+        if self.error:
+            raise self.error
+        return all(key in self.notes for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.notes[key]
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.notes[key] for key in keys]
+
+
+def _missing(store: Any, world: int = 2) -> str:
+    roll_call = RollCall.__new__(RollCall)
+    roll_call.name, roll_call.rank, roll_call.world, roll_call.calls, roll_call._store = "test", 1, world, 3, store
+    return roll_call._missing()
+
+
+def test_a_store_that_is_gone_or_silent_tells_who_kept_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "READ_S", 0.1)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    assert _missing(Store(RuntimeError("reset\nby peer"))).startswith("Rank 0 has ended or cannot be reached")
+    assert "(reset)" in _missing(Store(RuntimeError("reset\nby peer")))
+    assert _missing(Store(wait_s=0.3)).startswith("Rank 0 hangs or cannot be reached")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert _missing(Store(RuntimeError(""))).startswith("Torchrun's agent has ended")
+    time.sleep(0.3)  # the thread that waited
+
+
+def test_ranks_that_never_came_and_many_at_once() -> None:
+    assert "Missing: rank 0 (never seen). " in _missing(Store(notes={"test/1": b"3 step 2"}))
+    notes = {f"test/{rank}": b"3 step 2" if rank % 2 else b"2 step 1" for rank in range(40)}
+    told = _missing(Store(notes=notes), 40)
+    assert "rank 14 (last seen at step 1) and 12 more." in told
+    assert "rank 16" not in told
