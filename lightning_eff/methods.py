@@ -290,6 +290,29 @@ METHODS: Mapping[str, MethodInfo] = MappingProxyType(
                 },
             ),
             MethodInfo(
+                name="pipelined_bp",
+                kind="strategy",
+                class_name="PipelinedBPStrategy",
+                shell="lightning_eff.strategies.pipelined_bp:PipelinedBPMixin",
+                summary="Pipeline parallelism without bubble: stages update at once and allow for late gradients.",
+                paper=(
+                    "Kosson, Chiley, Venigalla, Hestness, Köster: Pipelined backpropagation at scale: training large "
+                    "models without batches. MLSys 2021. https://arxiv.org/abs/2003.11666"
+                ),
+                conflicts={
+                    "manual_optimization": "it runs forward, backward and step by itself",
+                    "accumulate_grad_batches": "every micro-batch is an update",
+                    "16-mixed": "its loss scaler would have to agree over stages that are at different samples",
+                },
+                state_keys=("samples", "seed", "in_flight", "layers", "starts", "stages"),
+                metrics={
+                    "eff/pipelined_bp/utilisation": "share of the time in which stages computed, mean over the stages",
+                    "eff/pipelined_bp/bubble_fraction": "the rest of it: waiting, sending, loading, hooks",
+                    "eff/pipelined_bp/transfer_s": "seconds per micro-batch of sending that computation does not hide",
+                    "eff/pipelined_bp/staleness": "updates between forward and backward of a sample, first stage, mean",
+                },
+            ),
+            MethodInfo(
                 name="gradient_pruning",
                 kind="callback",
                 class_name="GradientPruning",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_eff.precision.fp8 import FP8Mixin
     from lightning_eff.precision.luq import LUQMixin
     from lightning_eff.strategies.dropcompute import DropComputeMixin
+    from lightning_eff.strategies.pipelined_bp import PipelinedBPMixin
 
     class BF16EmulatedPrecision(BF16EmulatedMixin, Precision):
         """The bfloat16 study's recipe on any hardware: bfloat16 products, float32 everything else."""
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
     class FlexpointPrecision(FlexpointMixin, Precision):
         """int16 tensors with one exponent each, predicted by Autoflex from the steps before."""
+
+    class PipelinedBPStrategy(PipelinedBPMixin, DDPStrategy):  # type: ignore[misc]
+        """Pipeline parallelism without bubble, late gradients compensated for."""
 
     class DropComputeStrategy(DropComputeMixin, DDPStrategy):
         """Data parallelism that does not wait for stragglers: a compute threshold and one weighted all-reduce."""
@@ -78,6 +82,7 @@ __all__ = [
     "LUQFineTuning",
     "LUQPrecision",
     "LowPrecision",
+    "PipelinedBPStrategy",
 ]
 
 _get = class_getter(

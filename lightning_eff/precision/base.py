@@ -176,7 +176,7 @@ class QuantizedPrecisionMixin:
         self._steps += 1
         self._invalidate()
         self._after_step(optimizer)
-        advance(self._memories(), self._device())
+        advance(self._memories(), self._device(), replicas=self._replicas())
         self._sample(self._steps)  # the Trainer says which step it is when the next begins
         return result
 
@@ -200,8 +200,17 @@ class QuantizedPrecisionMixin:
 
     def _current_step(self) -> int:
         """Optimizer steps of the whole run, those before a resume counted."""
-        trainers = [getattr(owner, "_trainer", None) for owner, _ in self._conversions.values()]
-        return next((int(trainer.global_step) for trainer in trainers if trainer is not None), self._steps)
+        trainer = self._trainer()
+        return self._steps if trainer is None else int(trainer.global_step)
+
+    def _replicas(self) -> int | None:
+        """How often the model is there, if a Trainer knows; a pipeline's ranks hold one between them."""
+        trainer = self._trainer()
+        return None if trainer is None else int(trainer.world_size)
+
+    def _trainer(self) -> Any:
+        trainers = (getattr(owner, "_trainer", None) for owner, _ in self._conversions.values())
+        return next((trainer for trainer in trainers if trainer is not None), None)
 
     def _check_finite(self, step: int, engine: Any = None) -> None:
         """Stop a non-finite gradient before it reaches a parameter, on every rank alike."""

@@ -56,17 +56,18 @@ class Memory:
 _NOTHING = -math.inf
 
 
-def advance(memories: Sequence[Memory], device: torch.device) -> None:
+def advance(memories: Sequence[Memory], device: torch.device, *, replicas: int | None = None) -> None:
     """Update every estimate with what was observed in the step; one synchronisation, one all-reduce with more ranks.
 
     Args:
         memories: equally many in the same order on every rank; one that several layers share may come several times.
         device: where the ranks' collective runs.
+        replicas: with 1 the ranks hold different layers and nothing is reduced; None for one replica on every rank.
     """
     if not memories:
         return
     parts = [torch.full((m.numbers,), _NOTHING, dtype=torch.float32) if m.seen is None else m.seen for m in memories]
-    ranks = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    ranks = replicas != 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     seen = torch.cat([part.to(device) for part in parts])
     seen = torch.where(seen.isnan(), torch.inf, seen)  # every backend agrees on the largest of these
     if ranks:

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy
 
     from lightning_eff.strategies.dropcompute import DropComputeMixin
+    from lightning_eff.strategies.pipelined_bp import PipelinedBPMixin
 
     class DropComputeStrategy(DropComputeMixin, DDPStrategy):  # type: ignore[misc]
         """Data parallelism that does not wait for stragglers: a compute threshold and one weighted all-reduce."""
 
+    class PipelinedBPStrategy(PipelinedBPMixin, DDPStrategy):  # type: ignore[misc]
+        """Pipeline parallelism without bubble, late gradients compensated for."""
 
-__all__ = ["DropComputeStrategy"]
+
+__all__ = ["DropComputeStrategy", "PipelinedBPStrategy"]
 
 _get = class_getter(__name__, "lightning.pytorch", public_shells("strategy"))
 

@@ -1,0 +1,138 @@
+"""What is done about the delay: which weights forward and backward passes see, and what an update does with a gradient.
+
+    none        forward with the weights at hand, backward with those of then
+    sc          spike compensation: w' = w - lr (a v' + b g), (a, b) of the stage's delay
+    lwp         linear weight prediction, velocity form: forward with w - lr T v
+    lwp_w       the same from the last two weights: forward with w_t + T (w_t - w_{t-1})
+    stash       backward with the weights of the forward pass (PipeDream)
+    spectrain   forward and backward both with the weights predicted for one and the same moment
+    shrink      a gradient that is D updates late counts gamma^D
+
+``lwp+sc`` is the recommended one; ``+`` joins what can be joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
+from lightning_eff.functional.pipelined_bp import adam_direction
+
+PARTS = ("none", "lwp", "lwp_w", "sc", "stash", "spectrain", "shrink")
+_ALTERNATIVES = {"lwp", "lwp_w", "spectrain", "none"}
+_ADAM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam)
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Mitigation:
+    """A parsed ``mitigation=``.
+
+    Attributes:
+        parts: what is joined.
+        horizon: multiple of a stage's delay that prediction and compensation are for.
+        gamma: of gradient shrinking.
+    """
+
+    parts: frozenset[str]
+    horizon: float = 1.0
+    gamma: float = 1.0
+
+    @property
+    def predicts(self) -> bool:
+        """Whether forward passes see predicted weights."""
+        return bool(self.parts & {"lwp", "lwp_w", "spectrain"})
+
+    @property
+    def stashes(self) -> bool:
+        """Whether backward passes see the weights of their forward pass."""
+        return "stash" in self.parts
+
+    def without(self, *parts: str) -> Mitigation:
+        """The same without some parts."""
+        return Mitigation(self.parts - set(parts) or frozenset({"none"}), self.horizon, self.gamma)
+
+    def __str__(self) -> str:
+        return "+".join(part for part in PARTS if part in self.parts)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it can be compared with one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def parse_mitigation(text: str, *, horizon: float | None, gamma: float, stash: bool) -> Mitigation:
+    """Read ``"lwp+sc"`` and the like.
+
+    Raises:
+        ConfigurationError: a part is unknown, or two exclude each other, or a number is out of its range.
+    """
+    parts = str(text).split("+")
+    for part in parts:
+        if part not in PARTS:
+            raise ConfigurationError(
+                f"mitigation={text!r} is not allowed: {part!r} is none of {', '.join(PARTS)}.{nearest(part, PARTS)} "
+                "Join parts with '+', as in 'lwp+sc'."
+            )
+    if len(set(parts) & _ALTERNATIVES) > 1 or ("none" in parts and len(parts) > 1) or len(set(parts)) < len(parts):
+        raise ConfigurationError(
+            f"mitigation={text!r} is not allowed: at most one of lwp, lwp_w and spectrain, and 'none' alone."
+        )
+    if horizon is not None and not (is_number(horizon) and 0 <= horizon < float("inf")):
+        raise ConfigurationError(
+            f"horizon={horizon!r} is not allowed; it is a multiple of each stage's delay, 0 or more (default 1)."
+        )
+    if not (is_number(gamma) and 0 < gamma <= 1):
+        raise ConfigurationError(f"shrink_factor={gamma!r} is not allowed; it must be above 0 and at most 1.")
+    found = frozenset(parts) | ({"stash"} if stash else set())
+    found = found - {"none"} or frozenset({"none"})
+    return Mitigation(found, 1.0 if horizon is None else float(horizon), gamma if "shrink" in parts else 1.0)
+
+
+def fitting(mitigation: Mitigation, optimizer: torch.optim.Optimizer) -> tuple[Mitigation, str]:
+    """What of the mitigation this optimizer can do, and a sentence about what it cannot ('' if it can do all).
+
+    Raises:
+        UnsupportedCombinationError: nothing sensible is left.
+    """
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    is_sgd = isinstance(optimizer, torch.optim.SGD)
+    if is_sgd and all(group["momentum"] == 0 for group in groups) and mitigation.parts & {"lwp", "sc", "spectrain"}:
+        return mitigation.without("lwp", "sc", "spectrain"), (
+            "SGD without momentum has no velocity to predict weights from or to compensate for: this is plain delayed "
+            "SGD. Use momentum, or mitigation='lwp_w'."
+        )
+    if "sc" in mitigation.parts and is_sgd:
+        odd = [name for name in ("nesterov", "dampening", "maximize") if any(group[name] for group in groups)]
+        if odd:
+            raise UnsupportedCombinationError(
+                f"Spike compensation is defined for SGD with plain momentum (it is Nesterov's for a delay of 1), and "
+                f"this SGD has {', '.join(odd)}. Use torch.optim.SGD(..., momentum=m), or mitigation='lwp_w'."
+            )
+    said = ""
+    if "sc" in mitigation.parts and not is_sgd:
+        mitigation = mitigation.without("sc")
+        said = f"Spike compensation is defined for SGD with momentum; with {kind} there is only {mitigation}."
+    if mitigation.parts & {"lwp", "spectrain"} and not is_sgd and not isinstance(optimizer, _ADAM):
+        raise UnsupportedCombinationError(
+            f"mitigation={str(mitigation)!r} needs to know what {kind} will subtract, and knows that of SGD, Adam, "
+            "AdamW and NAdam. Use mitigation='lwp_w', which takes the last two weights."
+        )
+    return mitigation, said
+
+
+def velocity(parameter: nn.Parameter, state: Mapping[str, Any], group: Group) -> Tensor | None:
+    """What the optimizer will go on to subtract per unit of lr; None before its first step."""
+    if "exp_avg" in state:
+        direction = adam_direction(
+            state["exp_avg"], state["exp_avg_sq"], int(state["step"]), betas=group["betas"], eps=group["eps"]
+        )
+        return direction.to(parameter.dtype)
+    buffer: Tensor | None = state.get("momentum_buffer")
+    return buffer

@@ -1,0 +1,105 @@
+"""Random numbers that do not depend on where a stage runs: a stream for every (micro-batch, stage).
+
+Within a pipelined training step all random numbers come from a seed that is hashed from the run's seed, the micro-batch
+and the stage. Dropout then drops the same in one process and in several, the first and the last stage draw the same
+where both run the user's code (mixup), and a resumed run goes on alike. Outside, the generators are as if the step had
+drawn nothing: they stay equal on all ranks, and so do shuffles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+USER = -1
+"""The stream of the user's own code, before and after the stack."""
+_MASK = (1 << 64) - 1
+
+
+def _mixed(z: int) -> int:
+    """splitmix64."""
+    z = (z + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+@dataclass
+class Randomness:
+    """The streams of a run.
+
+    Attributes:
+        seed: of the run; 64 bits.
+        device: where layers draw besides the CPU.
+    """
+
+    seed: int
+    device: torch.device
+
+    def _generators(self) -> list[torch.Generator]:
+        on_device = [torch.cuda.default_generators[self.device.index or 0]] if self.device.type == "cuda" else []
+        return [torch.default_generator, *on_device]
+
+    def enter(self, micro_batch: int, stage: int) -> int:
+        """Draw from the stream of this micro-batch in this stage from now on; return its seed."""
+        seed = _mixed(_mixed(self.seed ^ _mixed(micro_batch)) ^ _mixed(stage & _MASK))
+        for generator in self._generators():
+            generator.manual_seed(seed >> 1)
+        return seed
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever is drawn inside, afterwards torch's generators are as they were."""
+        generators = self._generators()
+        before = [generator.get_state() for generator in generators]
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
+
+    @contextlib.contextmanager
+    def of(self, micro_batch: int, stage: int) -> Iterator[None]:
+        """Draw from one stream; afterwards everything is as it was, for the user's code also ``random`` and numpy."""
+        with self.kept():
+            seed = self.enter(micro_batch, stage)
+            with _python_and_numpy(seed) if stage == USER else contextlib.nullcontext():
+                yield
+
+
+@contextlib.contextmanager
+def _python_and_numpy(seed: int) -> Iterator[None]:
+    numpy: Any = sys.modules.get("numpy")
+    python, other = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed & 0xFFFFFFFF)
+        yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(other)
+
+
+def same_on_all_ranks() -> None:
+    """Give every rank the state of rank 0's generators: shuffles and augmentation have to be the same everywhere."""
+    numpy: Any = sys.modules.get("numpy")
+    states: list[Any] = [torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None]
+    dist.broadcast_object_list(states, src=0)
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    if numpy and states[2] is not None:
+        numpy.random.set_state(states[2])
+
+
+def drawn_seed() -> int:
+    """A seed for a run from ``torch.initial_seed()``; nothing is drawn."""
+    return _mixed(torch.initial_seed() & _MASK)

@@ -1,0 +1,202 @@
+"""What a pipeline cannot do is refused before the first step; what will go wrong is said."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_eff.errors import (
+    ConfigurationError,
+    EffWarning,
+    NoEffectWarning,
+    NonFiniteGradientError,
+    UnsupportedCombinationError,
+)
+from lightning_eff.functional import stability
+from lightning_eff.strategies.pipeline.mitigation import Mitigation
+from lightning_eff.strategies.pipeline.weights import Weights
+
+MUCH = 3.0
+"""D (1 - m) from which no mitigation here can be expected to help (about 1 is where it begins to fail)."""
+
+
+def check(allowed: bool, name: str, given: Any, what: str) -> None:
+    """Raise a ConfigurationError unless ``allowed``."""
+    if not allowed:
+        raise ConfigurationError(f"{name}={given!r} is not allowed; it must be {what}.")
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether ``value`` is a whole number of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_one_of(value: Any, *allowed: str | None) -> bool:
+    """Whether ``value`` is among strings; anything may be asked, also an array."""
+    return (value is None or isinstance(value, str)) and value in allowed
+
+
+def check_stages(stages: Any) -> None:
+    """Raise a ConfigurationError unless it is what ``stages=`` may be."""
+    names = isinstance(stages, Sequence) and not isinstance(stages, str) and all(isinstance(s, str) for s in stages)
+    fine = is_one_of(stages, None, "auto", "layers") or is_whole(stages, 1) or (names and len(stages) > 0)
+    check(fine, "stages", stages, "a number, 'auto', 'layers', a list of layer names, or None")
+
+
+def refuse(trainer: Any, num_stages: Any, positions: int) -> None:
+    """Raise for what this Trainer asks for and a pipeline cannot do."""
+    model = trainer.lightning_module
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    reasons = {
+        "manual optimization": (
+            not model.automatic_optimization,
+            "it runs forward, backward and step by itself. Remove self.automatic_optimization = False",
+        ),
+        f"accumulate_grad_batches={trainer.accumulate_grad_batches}": (
+            trainer.accumulate_grad_batches != 1,
+            "every micro-batch is an update. Set it to 1, and scale the learning rate to the smaller batch",
+        ),
+        "precision='16-mixed'": (
+            scaler is not None,
+            "its loss scaler would have to agree over stages that are at different samples. Use 'bf16-mixed'",
+        ),
+        "torch.compile of the whole LightningModule": (
+            getattr(model, "_compiler_ctx", None) is not None,
+            "a pipeline runs its layers one by one. Compile the layers",
+        ),
+    }
+    for what, (applies, why) in reasons.items():
+        if applies:
+            raise UnsupportedCombinationError(f"'pipelined_bp' cannot be combined with {what}: {why}.")
+    averaging = [
+        type(callback).__name__
+        for callback in trainer.callbacks
+        if positions > 1 and any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__)
+    ]
+    if averaging:
+        raise UnsupportedCombinationError(
+            f"'pipelined_bp' cannot be combined with {averaging[0]}: after a step a rank has the weights of its own "
+            "stages alone. Average checkpoints afterwards, or use StochasticWeightAveraging (between epochs)."
+        )
+    _refuse_callbacks(trainer, model)
+    if isinstance(num_stages, int) and num_stages < positions:
+        raise ConfigurationError(
+            f"stages={num_stages} cannot be spread over {positions} processes. Use Trainer(devices={num_stages})."
+        )
+    if num_stages == 1:
+        warnings.warn(
+            "pipelined_bp changes nothing with one stage in one process. Use Trainer(devices=2), or stages=4 to "
+            "compute the delays of a pipeline of four in one process.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+
+
+def _refuse_callbacks(trainer: Any, model: nn.Module) -> None:
+    """Raise for callbacks that change, while the run goes on, how many micro-batches an update has."""
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    for callback in trainer.callbacks:
+        kinds = {kind.__name__ for kind in type(callback).__mro__}
+        if "GradientAccumulationScheduler" in kinds and set(callback.scheduling.values()) != {1}:
+            raise UnsupportedCombinationError(
+                "'pipelined_bp' cannot be combined with GradientAccumulationScheduler: every micro-batch is an update. "
+                "Remove it."
+            )
+        if "StochasticWeightAveraging" in kinds and normed:
+            raise UnsupportedCombinationError(
+                "'pipelined_bp' cannot be combined with StochasticWeightAveraging of a model with BatchNorm, which "
+                "adds an epoch without updates to measure its statistics anew. Use GroupNorm or LayerNorm."
+            )
+
+
+class Trained:
+    """Which parameters are trained; a stage is made of those that are when it is cut."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._were = [(p, p.requires_grad) for p in model.parameters()]
+        self._optimizer, self._groups = optimizer, len(optimizer.param_groups)
+
+    def check(self) -> None:
+        """Raise an UnsupportedCombinationError if others are by now: they would never be updated."""
+        if any(p.requires_grad != was for p, was in self._were) or len(self._optimizer.param_groups) != self._groups:
+            raise UnsupportedCombinationError(
+                "'pipelined_bp' cannot be combined with what freezes or unfreezes parameters while the run goes on "
+                "(BaseFinetuning). Freeze them before fit, and begin another fit to train others."
+            )
+
+
+def refuse_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise for optimizers that a pipeline cannot run."""
+    if len(optimizers) != 1:
+        raise UnsupportedCombinationError(
+            f"'pipelined_bp' needs one optimizer and configure_optimizers returned {len(optimizers)}. Give one "
+            "optimizer several parameter groups instead."
+        )
+    if isinstance(optimizers[0], torch.optim.LBFGS):
+        raise UnsupportedCombinationError(
+            "'pipelined_bp' cannot be combined with LBFGS, which computes the loss several times in a step. Use SGD "
+            "with momentum, or Adam."
+        )
+
+
+def warn_if_unstable(
+    optimizer: torch.optim.Optimizer, mitigation: Mitigation, delay: int, curvature: float | None
+) -> None:
+    """Warn where the analysis says that the stage with the longest delay cannot train, or will not train well."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    group = max(optimizer.param_groups, key=lambda group: float(group["lr"]))
+    lr, momentum = float(group["lr"]), float(group["momentum"])
+    effective = delay * (1 - momentum)
+    if momentum and effective > MUCH:
+        warnings.warn(
+            f"pipelined_bp: a delay of {delay} updates with momentum {momentum:g} is D(1-m) = {effective:.1f}. "
+            "Prediction and compensation help up to about 1. Use smaller micro-batches with the hyperparameters "
+            "scaled to them (lightning_eff.functional.pipelined_bp.scale_hyperparameters), fewer stages, or adaptive "
+            "braking (Venigalla et al. 2020), which is for such delays.",
+            EffWarning,
+            stacklevel=2,
+        )
+    if curvature is None or not curvature > 0:
+        return
+    name: Any = str(mitigation) if str(mitigation) in get_args(stability.Mitigation) else "none"
+    limit = stability.max_stable_lr(curvature, delay, momentum, mitigation=name)
+    if lr > limit:
+        warnings.warn(
+            f"pipelined_bp: lr={lr:g} with momentum {momentum:g} and a delay of {delay} is not stable where the "
+            f"curvature is {curvature:.3g}; with {name!r} the limit is {limit:.3g} (linear analysis). Lower lr to "
+            "that, warm it up, or use adaptive braking.",
+            EffWarning,
+            stacklevel=2,
+        )
+
+
+def check_finite(model: nn.Module, weights: Weights, on_nonfinite: str) -> None:
+    """Stop a NaN or Inf gradient before it reaches a parameter. Every rank sees those of its own stages.
+
+    Raises:
+        NonFiniteGradientError: unless ``on_nonfinite`` is "warn".
+    """
+    grads = [(p, p.grad) for p in weights.parameters if p.grad is not None]
+    if not grads or bool(torch.stack([g.sum().float() for _, g in grads]).sum().isfinite()):
+        return
+    broken = {id(p) for p, g in grads if not bool(g.isfinite().all())}
+    names = [name for name, p in model.named_parameters() if id(p) in broken]
+    if not names:  # a sum of finite numbers that is too large
+        return
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    message = (
+        f"pipelined_bp: the gradient of micro-batch {weights.updates} is NaN or Inf on rank {rank} in {len(names)} "
+        f"parameters: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
+    )
+    if on_nonfinite == "raise":
+        raise NonFiniteGradientError(
+            message + "No parameter of this rank's stages was changed by it. Lower the learning rate or clip gradients "
+            "(with delays training is unstable earlier, see the method's card); on_nonfinite='warn' goes on regardless."
+        )
+    warnings.warn(message + "The optimizer step goes on as asked.", EffWarning, stacklevel=2)
