@@ -8,7 +8,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from benchmarks import compile_time, dropcompute, dropcompute_quality, memory, peers, quality, quantizers, step
+from benchmarks import (
+    compile_time,
+    dropcompute,
+    dropcompute_quality,
+    memory,
+    peers,
+    pipelined_bp,
+    pipelined_bp_quality,
+    quality,
+    quantizers,
+    step,
+)
 from benchmarks._report import RESULTS
 
 
@@ -23,6 +34,8 @@ def plan(*, tiny: bool, with_peers: bool) -> list[tuple[Callable[[Sequence[str]]
             (quality.main, ["--seeds", "1", "--tiny"]),
             (dropcompute.main, ["--rounds", "1", "--noise", "stall", "--tiny"]),
             (dropcompute_quality.main, ["--seeds", "1", "--tiny"]),
+            (pipelined_bp.main, ["--rounds", "1", "--tiny"]),
+            (pipelined_bp_quality.main, ["--micro-batches", "4,32", "--variants", "lwp+sc", "--seeds", "1", "--tiny"]),
         ]
     variants = step.DEFAULT_VARIANTS + (",qpytorch,brevitas,torchao" if with_peers else "")
     implementations = "fast,naive" + (",qpytorch" if with_peers else "")
@@ -34,6 +47,8 @@ def plan(*, tiny: bool, with_peers: bool) -> list[tuple[Callable[[Sequence[str]]
         (quality.main, ["--seeds", "2", "--steps", "150"]),
         (dropcompute.main, ["--rounds", "3"]),
         (dropcompute_quality.main, ["--seeds", "1"]),
+        (pipelined_bp.main, ["--rounds", "3"]),
+        (pipelined_bp_quality.main, ["--micro-batches", "4,32", "--seeds", "1"]),
     ]
 
 

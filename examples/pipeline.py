@@ -63,7 +63,7 @@ class Outcome:
 def train(strategy: str, devices: int, options: argparse.Namespace, steps: int) -> Outcome:
     """Train, then validate."""
     L.seed_everything(options.seed, verbose=False)
-    module, data, clock = CharGPT(width=128, layers=4), StdlibText(batch_size=options.batch_size), Clock()
+    module, data, clock = CharGPT(width=128, layers=4, lr=3e-4), StdlibText(batch_size=options.batch_size), Clock()
     trainer = L.Trainer(
         strategy=strategy,  # <- "pipelined_bp" is the only thing that differs,
         devices=devices,  # <- besides the number of processes

@@ -49,8 +49,7 @@ class RollCall:
         self.name, self.rank, self.world = name, dist.get_rank(), dist.get_world_size()
         self.calls = 0
         self._store = _tcp_store() if self.world > 1 else None
-        if self._store is not None:
-            self._note("the beginning")
+        self.note("the beginning")
 
     @contextmanager
     def __call__(self, where: str) -> Iterator[None]:
@@ -61,8 +60,7 @@ class RollCall:
         """
         self.calls += 1
         try:
-            if self._store is not None:
-                self._note(where)
+            self.note(where)
             yield
         except RuntimeError as error:  # torch.distributed raises it and classes derived from it
             if self.world == 1:
@@ -72,8 +70,10 @@ class RollCall:
                 f"{self._missing()} (The collective said: {_first_line(error)})"
             ) from error
 
-    def _note(self, where: str) -> None:
-        self._store.set(self._key(self.rank), f"{self.calls} {where}")  # type: ignore[union-attr]
+    def note(self, where: str) -> None:
+        """Note that this rank has come to ``where``, after ``calls`` calls: for one between two calls."""
+        if self._store is not None:
+            self._store.set(self._key(self.rank), f"{self.calls} {where}")
 
     def _key(self, rank: int) -> str:
         return f"{self.name}/{rank}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lightning_eff.errors import EffWarning
 from lightning_eff.functional.pipelined_bp import delay
+from lightning_eff.integration.roll_call import RollCall
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.strategies.pipeline import gather, hooks, refusals
 from lightning_eff.strategies.pipeline.cut import Cut, cut, cut_table
@@ -160,6 +162,7 @@ class PipelinedBPMixin(OneReplica):
                 hooks.before_validation(trainer, self._drain),
                 hooks.clip_by_stage(self.precision_plugin, self._weights),  # type: ignore[attr-defined]
             ]
+            self._roll = RollCall("pipelined_bp")
             if self.positions > 1:
                 same_on_all_ranks()
 
@@ -194,7 +197,8 @@ class PipelinedBPMixin(OneReplica):
             return stack.name, seen, cut(model, stack, seen, wanted, self.positions), drawn_seed(), curvature
 
         with hooks.precision_unchanged(self.precision_plugin):  # type: ignore[attr-defined]
-            name, seen, where, seed, curvature = gather.told_by_rank_0(found)
+            first = self._roll("the first micro-batch") if self.positions > 1 else nullcontext()
+        name, seen, where, seed, curvature = gather.told_by_rank_0(found, within=first)
         stack = find_stack(model, name if self.module is None and name else self.module, stages=where.stages)
         position = self.positions - 1 - int(self.global_rank)  # type: ignore[attr-defined]
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -214,7 +218,8 @@ class PipelinedBPMixin(OneReplica):
             self._go_on(weights, loaded, [stack.names[i] for i in where.starts])
         self._gathered = gather.Gathered(model, optimizer, where, position)
         streams = Randomness(seed, device)
-        return Runner(stack, seen, where, weights, streams, in_flight=self.in_flight, device=device, timeout=self._wait)
+        ahead, wait, roll = self.in_flight, self._wait, self._roll
+        return Runner(stack, seen, where, weights, streams, in_flight=ahead, device=device, timeout=wait, roll=roll)
 
     def _go_on(self, weights: Weights, loaded: dict[str, Any], starts: list[str]) -> None:
         before = [loaded["layers"][i] for i in loaded["starts"]]
@@ -314,12 +319,26 @@ class PipelinedBPMixin(OneReplica):
         """Drain, and give every rank the whole model."""
         self._drain()
         if self._gathered is not None and self.positions > 1:
-            self._gathered.weights()
+            with self._together("bringing the weights together"):
+                self._gathered.weights()
 
     def _epoch_ends(self) -> None:
         self._meet()
+        self._share_metrics()
+
+    def _share_metrics(self) -> None:
         if self.positions > 1:
-            gather.metrics_of_rank_0(self._trainer)
+            with self._together("sharing metrics"):
+                gather.metrics_of_rank_0(self._trainer)
+
+    def _together(self, where: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._runner is None else self._runner.together(where)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let the other ranks learn of an error here at once, also where this process lives on."""
+        super().on_exception(exception)  # type: ignore[misc]
+        if self._runner is not None:
+            self._runner.abandon()
 
     def on_validation_start(self) -> None:
         """Every rank evaluates the whole model."""
@@ -333,7 +352,8 @@ class PipelinedBPMixin(OneReplica):
         if (runner := self._runner) is not None:
             runner.close()
             folder = self._trainer.log_dir or self._trainer.default_root_dir  # all ranks together
-            timelines = gather.collected((runner.timeline.spans(), runner.timeline.run))
+            with self._together("the end of training"):
+                timelines = gather.collected((runner.timeline.spans(), runner.timeline.run))
             if timelines is not None:
                 timelines.reverse()  # rank 0 has the last stage
                 drawn = self.schedule_picture and self.positions > 1
@@ -359,8 +379,8 @@ class PipelinedBPMixin(OneReplica):
             self.metrics = runner.record()
             for logger in trainer.loggers:
                 logger.log_metrics(self.metrics, step=trainer.global_step)
-        if self.positions > 1 and hooks.decides_in_step(trainer, step):
-            gather.metrics_of_rank_0(trainer)
+        if hooks.decides_in_step(trainer, step):
+            self._share_metrics()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole model's, every update made."""
@@ -370,12 +390,16 @@ class PipelinedBPMixin(OneReplica):
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """The whole optimizer's, on rank 0."""
         ours: dict[str, Any] = super().optimizer_state(optimizer)  # type: ignore[misc]
-        return ours if self._gathered is None else self._gathered.optimizer_state(ours)
+        if self._gathered is None:
+            return ours
+        with self._together("saving the optimizer's state"):
+            return self._gathered.optimizer_state(ours)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save, with the weight versions that later forward passes are to see."""
         if (runner := self._runner) is not None and "optimizer_states" in checkpoint:
-            parts = gather.collected(runner.weights.state())
+            with self._together("saving versions of weights"):
+                parts = gather.collected(runner.weights.state())
             checkpoint[KEY] = {
                 "samples": runner.weights.samples,
                 "seed": runner.randomness.seed,

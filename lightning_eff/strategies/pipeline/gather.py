@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -25,8 +26,13 @@ def same_weights(model: nn.Module) -> None:
     _sync_module_states(model, group, _BUCKET, src=0, params_and_buffers_to_ignore=[])
 
 
-def told_by_rank_0(find: Callable[[], T]) -> T:
-    """What rank 0 finds; if it fails, all fail with its error."""
+def told_by_rank_0(find: Callable[[], T], within: AbstractContextManager[None] | None = None) -> T:
+    """What rank 0 finds; if it fails, all fail with its error.
+
+    Args:
+        find: is called on rank 0.
+        within: what the broadcast runs in.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return find()
     told: list[Any] = [None, None]
@@ -37,7 +43,8 @@ def told_by_rank_0(find: Callable[[], T]) -> T:
         except Exception as error:  # noqa: BLE001 - it is raised on every rank
             failed = error
             told[1] = _sendable(error)
-    dist.broadcast_object_list(told, src=0)
+    with within or nullcontext():
+        dist.broadcast_object_list(told, src=0)
     if failed is not None:
         raise failed
     if told[1] is not None:

@@ -61,6 +61,15 @@ def _payload_bytes(sizes: Sizes) -> int:
     return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype, _ in sizes)
 
 
+def _finish(works: list[Any]) -> None:
+    """Wait for them and forget them: kept in the frames of an error's traceback they would keep their connection."""
+    try:
+        for i in range(len(works)):
+            works[i].wait()
+    finally:
+        works.clear()
+
+
 @dataclass
 class Channel:
     """Messages from one rank to another, in order.
@@ -88,7 +97,7 @@ class Channel:
         self._carrier = self.device if self.carrier is None else self.carrier
         self._header_bytes = _aligned(8 * (_FIXED + _PER_TENSOR * len(self.sizes)))
         self._part_bytes = self._header_bytes + _payload_bytes(self.sizes)
-        self._asked: deque[tuple[Any, Tensor]] = deque()
+        self._asked: deque[tuple[list[Any], Tensor]] = deque()
         self._sent: deque[tuple[list[Any], Tensor]] = deque()
 
     # ------------------------------------------------------------------------------------------ sending
@@ -129,8 +138,7 @@ class Channel:
     def settle(self, unfinished: int = 0) -> None:
         """Wait until no more than ``unfinished`` messages are still being sent; their buffers are free then."""
         while len(self._sent) > unfinished:
-            for work in self._sent.popleft()[0]:
-                work.wait()
+            _finish(self._sent.popleft()[0])
 
     # ------------------------------------------------------------------------------------------ receiving
 
@@ -138,7 +146,7 @@ class Channel:
         """Ask for the next messages."""
         while len(self._asked) < self.ahead:
             buffer = torch.empty(self._part_bytes, dtype=torch.uint8, device=self._carrier)
-            self._asked.append((dist.irecv(buffer, self.source, group=self.group), buffer))
+            self._asked.append(([dist.irecv(buffer, self.source, group=self.group)], buffer))
 
     def receive(self) -> Message:
         """Wait for the next message."""
@@ -162,8 +170,8 @@ class Channel:
 
     def _next_part(self) -> Tensor:
         self.ask()
-        work, buffer = self._asked.popleft()
-        work.wait()
+        works, buffer = self._asked.popleft()
+        _finish(works)
         return buffer
 
     # ------------------------------------------------------------------------------------------ the end
@@ -176,4 +184,10 @@ class Channel:
     def end_receiving(self) -> None:
         """Take the answers to what was asked for in advance."""
         while self._asked:
-            self._asked.popleft()[0].wait()
+            _finish(self._asked.popleft()[0])
+
+    def abandon(self) -> None:
+        """Let go of what is under way: gloo keeps a connection for as long as anything waits for it."""
+        self._asked.clear()
+        self._sent.clear()
+        self.group = None

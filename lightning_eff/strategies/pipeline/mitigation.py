@@ -63,8 +63,10 @@ class Mitigation:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it can be compared with one."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it can be reckoned with as one."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return isinstance(value, float) or value.bit_length() < 1000  # longer ones are no float
 
 
 def parse_mitigation(text: str, *, horizon: float | None, gamma: float, stash: bool) -> Mitigation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,9 @@ from lightning_eff.strategies.pipeline.messages import DATA, NOTHING, Channel, M
 from lightning_eff.strategies.pipeline.randomness import USER, Randomness
 from lightning_eff.strategies.pipeline.timeline import Timeline
 from lightning_eff.strategies.pipeline.weights import Weights
+
+_COUNTED = 1000
+"""More than the collectives between two micro-batches."""
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Runner:
         in_flight: see :func:`~lightning_eff.functional.pipelined_bp.delay`.
         device: of this rank.
         timeout: after which a message that does not come is an error.
+        roll: where ranks note how far they have come.
     """
 
     def __init__(
@@ -82,12 +87,13 @@ class Runner:
         in_flight: int,
         device: torch.device,
         timeout: timedelta,
+        roll: RollCall,
     ) -> None:
         self.stack, self.look, self.cut, self.weights, self.randomness = stack, look, found, weights, randomness
         self.positions = len(found.ranks_start)
         self.position = self.positions - 1 - (dist.get_rank() if self.positions > 1 else 0)
         self.is_first, self.is_last = self.position == 0, self.position == self.positions - 1
-        self.device = device
+        self.device, self._roll = device, roll
         self.timeline = Timeline(self.position, device)
         self.figures = (0.0, 0.0, 0.0)
         self._real_delay = in_flight * (self.positions - 1 - self.position)
@@ -98,7 +104,6 @@ class Runner:
         self._channels(in_flight, timeout)
 
     def _channels(self, in_flight: int, timeout: timedelta) -> None:
-        self._roll = RollCall("pipelined_bp")
         self._in: Any = None
         self._out: Any = None
         self._grads_in: Any = None
@@ -106,7 +111,8 @@ class Runner:
         self._groups: list[Any] = []
         if self.positions == 1:
             return
-        self._groups = [dist.new_group(timeout=timeout) for _ in range(2)]
+        with self.together("the first micro-batch, connecting"):
+            self._groups = [dist.new_group(timeout=timeout) for _ in range(2)]
         forward, backward = self._groups
         carrier = torch.device("cpu") if dist.get_backend(forward) == "gloo" else None
         self._unfinished = in_flight * self.positions + 4
@@ -149,7 +155,7 @@ class Runner:
         """
         self.weights.before_forward()
         sample, self._fingerprint, self.arrived = self.sample, mark, None
-        self._note(2 * sample, f"micro-batch {sample}")
+        self._note(sample)
         self.timeline.switch("forward", sample)
         try:
             with self.randomness.of(sample, USER):
@@ -213,8 +219,7 @@ class Runner:
         outs = self.look.forms[self.cut.starts[following]].tensors(carry)
         self.timeline.switch("transfer", self.sample)
         figures = self._own_figures()
-        self._out.send(Message(DATA, self.sample, outs, self._fingerprint, figures))
-        self._out.settle(self._unfinished)
+        self._send(self._out, Message(DATA, self.sample, outs, self._fingerprint, figures))
         needed = [t for t in outs if t.requires_grad]
         # Not the updates made so far: after a drain, and with several stages here, older versions than that are seen.
         version = max(0, self.sample - self.weights.stages[0].delay)
@@ -259,7 +264,7 @@ class Runner:
         """Tell the other stages that the newest sample has no gradient (last position)."""
         self.arrived = False
         if self._grads_out is not None:
-            self._grads_out.send(Message(NOTHING, self.sample, []))
+            self._send(self._grads_out, Message(NOTHING, self.sample, []))
 
     def backward_of_oldest(self) -> None:
         """Wait for the oldest sample's gradient and run it backward (not on the last position)."""
@@ -276,7 +281,7 @@ class Runner:
                 self.weights.after_pass()
             self._send_back(flight.ins)
         elif self._grads_out is not None:
-            self._grads_out.send(Message(NOTHING, flight.sample, []))
+            self._send(self._grads_out, Message(NOTHING, flight.sample, []))
         self.timeline.micro_batch(self.weights.updates - flight.version)
         self.timeline.switch("other", flight.sample)
 
@@ -294,8 +299,7 @@ class Runner:
             return
         self.timeline.switch("transfer", self.sample)
         grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in ins]
-        self._grads_out.send(Message(DATA, self.sample, grads))
-        self._grads_out.settle(self._unfinished)
+        self._send(self._grads_out, Message(DATA, self.sample, grads))
 
     def record(self) -> dict[str, float]:
         """What all stages did since the last record, as far as it has come to the last position."""
@@ -309,18 +313,36 @@ class Runner:
 
     # ------------------------------------------------------------------------------------------ messages
 
-    def _note(self, calls: int, where: str) -> None:
-        self._roll.calls = calls
+    # Ranks count differently often to the same micro-batch: how far one has come is counted anew from each.
+
+    def _note(self, sample: int) -> None:
         if self.positions > 1:
-            self._roll._note(where)
+            self._roll.calls = _COUNTED * (sample + 1)
+            self._roll.note(f"micro-batch {sample}")
 
     def _wait_for(self, channel: Channel, sample: int) -> Message:
         self.timeline.switch("wait", sample)
-        self._roll.calls = 2 * self.sample
+        before = self._roll.calls
         with self._roll(f"micro-batch {self.sample}, waiting for rank {channel.source}"):
             message = channel.receive()
+        self._roll.calls = before  # one that waits is further than one that computes, or hangs, afterwards
+        self._roll.note(f"micro-batch {self.sample}")
         self.timeline.switch("forward", sample)
         return message
+
+    def _send(self, channel: Channel, message: Message) -> None:
+        try:
+            channel.send(message)
+            channel.settle(self._unfinished)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            with self._roll(f"micro-batch {message.sample}, sending to rank {channel.destination}"):
+                raise
+
+    def together(self, where: str) -> AbstractContextManager[None]:
+        """Around a collective between two micro-batches: name the ranks that do not come."""
+        return self._roll(where) if self.positions > 1 else nullcontext()
 
     def close(self) -> None:
         """Answer what the neighbours have asked for in advance; nothing may be in flight."""
@@ -333,7 +355,18 @@ class Runner:
         for channel in sending:
             channel.settle()
         if self._groups:
-            dist.barrier()
+            with self.together("the end of training"):
+                dist.barrier()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         for group in self._groups:
             dist.destroy_process_group(group)
         self._groups = []
+
+    def abandon(self) -> None:
+        """After an error: close the connections, so that the neighbours learn of it though this process may live on."""
+        for channel in (self._in, self._out, self._grads_in, self._grads_out):
+            if channel is not None:
+                channel.abandon()
+        self._disconnect()

@@ -109,61 +109,69 @@ class Weights:
             version = max(0, sample - stage.delay)
             ahead, _ = stage.horizons(self.mitigation)
             seen = stage.versions.get(version)
-            if seen is None and ahead:
-                seen = self._predicted(stage, ahead)
             for old in [v for v in stage.versions if v < max(0, sample + 1 - stage.delay)]:
                 del stage.versions[old]
             if self.mitigation.stashes and stage.delay:
-                kept = seen if seen is not None else [p.detach().clone() for p in stage.parameters]
-                stage.stashed.append((sample, kept))
-            self._put(stage, seen)
+                seen = seen or self._predicted(stage, ahead)
+                stage.stashed.append((sample, seen))
+            self._put(stage, seen, ahead)
 
     @torch.no_grad()
     def before_backward(self) -> None:
         """Put the weights in place that the backward pass of the oldest sample is to see: that of this update."""
         for stage in self.stages:
             _, ahead = stage.horizons(self.mitigation)
-            if stage.stashed:
-                _, seen = stage.stashed.popleft()
-                self._put(stage, seen)
-            elif ahead:
-                self._put(stage, self._predicted(stage, ahead))
+            self._put(stage, stage.stashed.popleft()[1] if stage.stashed else None, ahead)
 
     @torch.no_grad()
     def after_pass(self) -> None:
         """Put the true weights back."""
         for stage in self.stages:
-            if (true := self._true.pop(stage.index, None)) is not None and stage.parameters:
+            if (true := self._true.pop(stage.index, None)) is not None:
                 torch._foreach_copy_([p.data for p in stage.parameters], true)
 
-    def _put(self, stage: Stage, seen: list[Tensor] | None) -> None:
-        if seen is None or not stage.parameters:
+    def _put(self, stage: Stage, seen: list[Tensor] | None, ahead: float) -> None:
+        """Put ``seen`` in place of the weights, or if it is None the weights predicted from these, if there are any.
+
+        Written through .data: graphs in flight go on to read these parameters, whatever is in them.
+        """
+        moves = [] if seen is not None else self._moves(stage, ahead)
+        if not stage.parameters or not (seen or moves):
             return
-        # Written through .data: graphs in flight go on to read these parameters, whatever is in them.
         data = [p.data for p in stage.parameters]
         if stage.index not in self._buffers:
             self._buffers[stage.index] = [torch.empty_like(d) for d in data]
-        true = self._buffers[stage.index]
+        true = self._true[stage.index] = self._buffers[stage.index]
         torch._foreach_copy_(true, data)
-        self._true[stage.index] = true
-        torch._foreach_copy_(data, seen)
+        if seen is not None:
+            torch._foreach_copy_(data, seen)
+        for parameters, directions, far in moves:
+            torch._foreach_add_([p.data for p in parameters], directions, alpha=far)
 
-    def _predicted(self, stage: Stage, ahead: float) -> list[Tensor] | None:
-        """Weights ``ahead`` updates from now, or None if nothing is known of where they go."""
+    def _moves(self, stage: Stage, ahead: float) -> list[tuple[list[nn.Parameter], list[Tensor], float]]:
+        """Where the weights go in ``ahead`` updates: parameters, directions, and how far."""
+        if not ahead:
+            return []
         if "lwp_w" in self.mitigation.parts:
             if stage.previous is None:
-                return None
-            data = [p.detach() for p in stage.parameters]
-            steps = torch._foreach_sub(data, stage.previous)
-            return list(torch._foreach_add(data, steps, alpha=ahead))
-        found: dict[int, Tensor] = {}
+                return []
+            steps = torch._foreach_sub([p.detach() for p in stage.parameters], stage.previous)
+            return [(stage.parameters, list(steps), ahead)]
+        moves = []
         for group, own in self.groups(stage):
-            moves = [(p, velocity(p, self.optimizer.state.get(p, {}), group)) for p in own]
-            known = [(p, v) for p, v in moves if v is not None]
+            velocities = [(p, velocity(p, self.optimizer.state.get(p, {}), group)) for p in own]
+            known = [(p, v) for p, v in velocities if v is not None]
             if known and (far := -float(group["lr"]) * ahead):
-                weights = torch._foreach_add([p.detach() for p, _ in known], [v for _, v in known], alpha=far)
-                found |= {id(p): w for (p, _), w in zip(known, weights, strict=True)}
-        return [found[id(p)] if id(p) in found else p.detach().clone() for p in stage.parameters] if found else None
+                moves.append(([p for p, _ in known], [v for _, v in known], far))
+        return moves
+
+    def _predicted(self, stage: Stage, ahead: float) -> list[Tensor]:
+        """A copy of the weights, ``ahead`` updates from now."""
+        copies = [p.detach().clone() for p in stage.parameters]
+        copy_of = {id(p): copy for p, copy in zip(stage.parameters, copies, strict=True)}
+        for parameters, directions, far in self._moves(stage, ahead):
+            torch._foreach_add_([copy_of[id(p)] for p in parameters], directions, alpha=far)
+        return copies
 
     # ------------------------------------------------------------------------------------------ updates
 
@@ -196,8 +204,7 @@ class Weights:
         for stage in self.stages:
             if stage.delay and self.updates >= max(0, self.samples - stage.delay):
                 ahead, _ = stage.horizons(self.mitigation)
-                seen = self._predicted(stage, ahead) if ahead else None
-                stage.versions[self.updates] = seen or [p.detach().clone() for p in stage.parameters]
+                stage.versions[self.updates] = self._predicted(stage, ahead)
 
     def _step(self, step: Callable[[], Any]) -> None:
         """The user's optimizer, with what the mitigation adds, one parameter group for each group and stage."""
