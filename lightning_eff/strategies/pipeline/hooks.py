@@ -196,7 +196,7 @@ def fingerprint(batch: Any) -> int:
         if isinstance(leaf, Tensor):
             some = leaf.detach().reshape(-1)[:: max(1, leaf.numel() // _SAMPLED)][:_SAMPLED].cpu().contiguous()
             code = zlib.crc32(f"{tuple(leaf.shape)} {leaf.dtype}".encode(), code)
-            code = zlib.crc32(some.view(torch.uint8).numpy(), code)
+            code = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), code)
     return code
 
 

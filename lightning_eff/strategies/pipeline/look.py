@@ -22,8 +22,8 @@ from lightning_eff.functional.stability import top_curvature
 from lightning_eff.strategies.pipeline.layers import Carry, Entry, Form, Stack
 from lightning_eff.strategies.pipeline.randomness import USER, Randomness
 
-REPEATS = 3
-"""Times a layer is timed; the fastest counts."""
+REPEATS, ENOUGH_S = (5, 20), 0.2
+"""A layer is timed at least and at most so often, and within these limits for so long; the fastest counts."""
 
 
 @dataclass
@@ -166,11 +166,11 @@ def _alone(carry: Carry) -> Carry:
 
 
 def _timed(layer: nn.Module, carry: Carry, watch: _Watch) -> tuple[float, Any]:
-    seconds = []
+    seconds: list[float] = []
     inputs = [t for t in pytree.tree_leaves(tuple(carry)) if isinstance(t, Tensor) and t.requires_grad]
     inputs += [p for p in layer.parameters() if p.requires_grad]
-    for _ in range(REPEATS):
-        # A layer may work in place: not three times on the same tensor, and not on a leaf.
+    while len(seconds) < REPEATS[0] or (len(seconds) < REPEATS[1] and sum(seconds) < ENOUGH_S):
+        # A layer may work in place: not several times on the same tensor, and not on a leaf.
         x, args, kwargs = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, tuple(carry))
         watch.lap()
         out = layer(x, *args, **kwargs)
