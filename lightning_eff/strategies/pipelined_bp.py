@@ -196,9 +196,9 @@ class PipelinedBPMixin(OneReplica):
             curvature = curvature_at(model, step, device) if self.curvature == "measure" else self.curvature
             return stack.name, seen, cut(model, stack, seen, wanted, self.positions), drawn_seed(), curvature
 
+        first = self._roll("the first micro-batch") if self.positions > 1 else nullcontext()
         with hooks.precision_unchanged(self.precision_plugin):  # type: ignore[attr-defined]
-            first = self._roll("the first micro-batch") if self.positions > 1 else nullcontext()
-        name, seen, where, seed, curvature = gather.told_by_rank_0(found, within=first)
+            name, seen, where, seed, curvature = gather.told_by_rank_0(found, within=first)
         stack = find_stack(model, name if self.module is None and name else self.module, stages=where.stages)
         position = self.positions - 1 - int(self.global_rank)  # type: ignore[attr-defined]
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
