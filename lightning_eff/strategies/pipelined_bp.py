@@ -27,7 +27,7 @@ from lightning_eff.strategies.pipeline import gather, hooks, refusals
 from lightning_eff.strategies.pipeline.cut import Cut, cut, cut_table
 from lightning_eff.strategies.pipeline.layers import find_stack
 from lightning_eff.strategies.pipeline.look import Look, curvature_at, look_at
-from lightning_eff.strategies.pipeline.mitigation import fitting, is_number, parse_mitigation
+from lightning_eff.strategies.pipeline.mitigation import fitting, parse_mitigation
 from lightning_eff.strategies.pipeline.one_replica import OneReplica
 from lightning_eff.strategies.pipeline.randomness import Randomness, drawn_seed, same_on_all_ranks
 from lightning_eff.strategies.pipeline.report import save_picture, verdict
@@ -35,8 +35,6 @@ from lightning_eff.strategies.pipeline.runner import Runner
 from lightning_eff.strategies.pipeline.weights import Stage, Weights
 
 KEY = "PipelinedBPStrategy"
-LONGEST_S = 1e9
-"""A timeout that is as good as none."""
 
 
 class PipelinedBPMixin(OneReplica):
@@ -94,18 +92,7 @@ class PipelinedBPMixin(OneReplica):
         process_group_backend: str | None = None,
         timeout_s: float = 1800.0,
     ) -> None:
-        refusals.check_stages(stages)
-        check, whole = refusals.check, refusals.is_whole
-        check(micro_batch_size is None or whole(micro_batch_size, 1), "micro_batch_size", micro_batch_size, "1 or more")
-        check(whole(in_flight, 1), "in_flight", in_flight, "1 or more")
-        number, one_of = is_number, refusals.is_one_of
-        check(module is None or isinstance(module, str), "module", module, "the name of a module, or None")
-        is_curvature = one_of(curvature, None, "measure") or (number(curvature) and 0 < curvature < float("inf"))  # type: ignore[operator]
-        check(is_curvature, "curvature", curvature, "a number above 0, 'measure' or None")
-        check(one_of(on_nonfinite, "raise", "warn"), "on_nonfinite", on_nonfinite, "'raise' or 'warn'")
-        check(
-            number(timeout_s) and 0 < timeout_s <= LONGEST_S, "timeout_s", timeout_s, f"above 0, at most {LONGEST_S:g}"
-        )
+        refusals.check_options(module, stages, micro_batch_size, in_flight, curvature, on_nonfinite, timeout_s)
         self._wait = timedelta(seconds=timeout_s)
         super().__init__(process_group_backend=process_group_backend, timeout=self._wait)  # type: ignore[call-arg]
         self.mitigation = parse_mitigation(mitigation, horizon=horizon, gamma=shrink_factor, stash=stash)
@@ -146,14 +133,14 @@ class PipelinedBPMixin(OneReplica):
         if fits:
             self._runner, self._gathered, self._loaded, self.metrics = None, None, None, {}
             refusals.refuse(trainer, self.num_stages, self.positions)
-            if getattr(self, "_layer_sync", None) is not None:
-                self._layer_sync = None  # one replica: its batch is the whole batch
+            self._layer_sync = None  # of SyncBatchNorm: with one replica its batch is the whole batch
         super().setup(trainer)  # type: ignore[misc]
         # Lightning takes every DDPStrategy for one that shares samples out, and would put its own sampler in.
         self._undo = [hooks.replaced(trainer._accelerator_connector, "use_distributed_sampler", False)]
         if fits and self._pipelines:
             model = self.lightning_module  # type: ignore[attr-defined]
             refusals.refuse_optimizers(self.optimizers)  # type: ignore[attr-defined]
+            refusals.refuse_memories(self.precision_plugin, self.positions)  # type: ignore[attr-defined]
             self._scheduler_steps = hooks.SchedulerSteps(model, self._weights)
             self._undo += [
                 self._scheduler_steps.undo,
@@ -184,12 +171,10 @@ class PipelinedBPMixin(OneReplica):
         mitigation, said = fitting(self.mitigation, optimizer)
         loaded, self._loaded = self._loaded, None
         stages = self.num_stages
-        least = stages if isinstance(stages, int) else 2
 
         def found() -> tuple[str, Look, Cut, int, float | None]:
-            stack = find_stack(model, self.module, stages=least)
-            timed = isinstance(stages, int) and stages > 1
-            seen = [look_at(model, stack, step, device) for _ in range(1 + timed)][-1]  # the first one is slow
+            stack = find_stack(model, self.module, stages=stages if isinstance(stages, int) else 2)
+            seen = [look_at(model, stack, step, device) for _ in range(2)][-1]  # the first is slow, and times are used
             wanted = stages
             if loaded is not None and loaded["layers"] == list(stack.names) and len(loaded["starts"]) == stages:
                 wanted = loaded["starts"]  # measured times differ from run to run
@@ -218,8 +203,7 @@ class PipelinedBPMixin(OneReplica):
             self._go_on(weights, loaded, [stack.names[i] for i in where.starts])
         self._gathered = gather.Gathered(model, optimizer, where, position)
         streams = Randomness(seed, device)
-        ahead, wait, roll = self.in_flight, self._wait, self._roll
-        return Runner(stack, seen, where, weights, streams, in_flight=ahead, device=device, timeout=wait, roll=roll)
+        return Runner(stack, seen, where, weights, streams, timeout=self._wait, roll=self._roll)
 
     def _go_on(self, weights: Weights, loaded: dict[str, Any], starts: list[str]) -> None:
         before = [loaded["layers"][i] for i in loaded["starts"]]
@@ -256,9 +240,9 @@ class PipelinedBPMixin(OneReplica):
             return out
         return torch.zeros((), device=self.root_device, requires_grad=True)  # type: ignore[attr-defined]
 
-    def _in_step_context(self, what: Callable[[], Any]) -> Any:
+    def _in_step_context(self, what: Callable[[], Any]) -> None:
         with self.precision_plugin.train_step_context():  # type: ignore[attr-defined]
-            return what()
+            what()
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run the loss backward, or the oldest sample whose gradient comes from the next stage."""

@@ -18,9 +18,11 @@ from lightning_eff.errors import (
     UnsupportedCombinationError,
 )
 from lightning_eff.functional import stability
-from lightning_eff.strategies.pipeline.mitigation import Mitigation
+from lightning_eff.strategies.pipeline.mitigation import Mitigation, is_number
 from lightning_eff.strategies.pipeline.weights import Weights
 
+LONGEST_S = 1e9
+"""What a timedelta, and gloo's milliseconds, can hold."""
 MUCH = 3.0
 """D (1 - m) from which no mitigation here can be expected to help (about 1 is where it begins to fail)."""
 
@@ -41,11 +43,22 @@ def is_one_of(value: Any, *allowed: str | None) -> bool:
     return (value is None or isinstance(value, str)) and value in allowed
 
 
-def check_stages(stages: Any) -> None:
-    """Raise a ConfigurationError unless it is what ``stages=`` may be."""
+def check_options(
+    module: Any, stages: Any, micro_batch_size: Any, in_flight: Any, curvature: Any, on_nonfinite: Any, timeout_s: Any
+) -> None:
+    """Raise a ConfigurationError unless each is what the strategy's option of that name may be."""
+    check(module is None or isinstance(module, str), "module", module, "the name of a module, or None")
     names = isinstance(stages, Sequence) and not isinstance(stages, str) and all(isinstance(s, str) for s in stages)
-    fine = is_one_of(stages, None, "auto", "layers") or is_whole(stages, 1) or (names and len(stages) > 0)
-    check(fine, "stages", stages, "a number, 'auto', 'layers', a list of layer names, or None")
+    are_stages = is_one_of(stages, None, "auto", "layers") or is_whole(stages, 1) or (names and len(stages) > 0)
+    check(are_stages, "stages", stages, "a number, 'auto', 'layers', a list of layer names, or None")
+    is_size = micro_batch_size is None or is_whole(micro_batch_size, 1)
+    check(is_size, "micro_batch_size", micro_batch_size, "1 or more, or None")
+    check(is_whole(in_flight, 1), "in_flight", in_flight, "1 or more")
+    is_curvature = is_one_of(curvature, None, "measure") or (is_number(curvature) and 0 < curvature < float("inf"))
+    check(is_curvature, "curvature", curvature, "a number above 0, 'measure' or None")
+    check(is_one_of(on_nonfinite, "raise", "warn"), "on_nonfinite", on_nonfinite, "'raise' or 'warn'")
+    is_time = is_number(timeout_s) and 0 < timeout_s <= LONGEST_S
+    check(is_time, "timeout_s", timeout_s, f"above 0, at most {LONGEST_S:g}")
 
 
 def refuse(trainer: Any, num_stages: Any, positions: int) -> None:
@@ -141,6 +154,17 @@ def refuse_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
         raise UnsupportedCombinationError(
             "'pipelined_bp' cannot be combined with LBFGS, which computes the loss several times in a step. Use SGD "
             "with momentum, or Adam."
+        )
+
+
+def refuse_memories(plugin: Any, positions: int) -> None:
+    """Raise for a precision whose layers predict scales: each rank would remember, and save, its own layers' alone."""
+    memories = getattr(plugin, "_memories", None)
+    if positions > 1 and memories is not None and memories():
+        raise UnsupportedCombinationError(
+            f"'pipelined_bp' over {positions} processes cannot be combined with {plugin.info.name!r}, whose layers "
+            "predict scales from the steps before: a resumed run would go on from other ones. Use one process "
+            "(stages=...), or a precision without memory: 'luq4', 'fp8-rowwise', 'dfp16', 'bf16-emulated'."
         )
 
 

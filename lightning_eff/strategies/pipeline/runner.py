@@ -70,8 +70,6 @@ class Runner:
         found: where they are cut.
         weights: of this rank's stages.
         randomness: streams of random numbers.
-        in_flight: see :func:`~lightning_eff.functional.pipelined_bp.delay`.
-        device: of this rank.
         timeout: after which a message that does not come is an error.
         roll: where ranks note how far they have come.
     """
@@ -84,8 +82,6 @@ class Runner:
         weights: Weights,
         randomness: Randomness,
         *,
-        in_flight: int,
-        device: torch.device,
         timeout: timedelta,
         roll: RollCall,
     ) -> None:
@@ -93,9 +89,10 @@ class Runner:
         self.positions = len(found.ranks_start)
         self.position = self.positions - 1 - (dist.get_rank() if self.positions > 1 else 0)
         self.is_first, self.is_last = self.position == 0, self.position == self.positions - 1
-        self.device, self._roll = device, roll
-        self.timeline = Timeline(self.position, device)
+        self.device, self._roll = randomness.device, roll
+        self.timeline = Timeline(self.position, self.device)
         self.figures = (0.0, 0.0, 0.0)
+        in_flight = weights.stages[0].in_flight
         self._real_delay = in_flight * (self.positions - 1 - self.position)
         self._flights: deque[_Flight] = deque()
         self._fingerprint = 0

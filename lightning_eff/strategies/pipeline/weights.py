@@ -74,8 +74,11 @@ class Weights:
         self.samples = self.updates = 0
         self._true: dict[int, list[Tensor]] = {}
         self._buffers: dict[int, list[Tensor]] = {}
-        self._shape: list[int] = []
         self._members: dict[int, list[tuple[int, list[nn.Parameter]]]] = {}
+        for stage in self.stages:
+            ids = {id(p) for p in stage.parameters}
+            parts = [(i, [p for p in g["params"] if id(p) in ids]) for i, g in enumerate(optimizer.param_groups)]
+            self._members[stage.index] = [(i, own) for i, own in parts if own]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -84,19 +87,8 @@ class Weights:
 
     def groups(self, stage: Stage) -> Iterator[tuple[Group, list[nn.Parameter]]]:
         """The optimizer's groups and which of their parameters are in this stage."""
-        groups = self.optimizer.param_groups
-        shape = [len(group["params"]) for group in groups]
-        if shape != self._shape:  # callbacks add groups, to train layers that were frozen
-            stage_of = {id(p): s.index for s in self.stages for p in s.parameters}
-            self._shape, self._members = shape, {s.index: [] for s in self.stages}
-            for i, group in enumerate(groups):
-                own: dict[int, list[nn.Parameter]] = {}
-                for p in group["params"]:
-                    own.setdefault(stage_of.get(id(p), -1), []).append(p)
-                for index in own.keys() & self._members.keys():
-                    self._members[index].append((i, own[index]))
-        for i, members in self._members[stage.index]:
-            yield groups[i], members
+        for i, own in self._members[stage.index]:
+            yield self.optimizer.param_groups[i], own
 
     # ------------------------------------------------------------------------------------------ passes
 
