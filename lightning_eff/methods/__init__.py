@@ -1,0 +1,17 @@
+"""One row per method: what is said about a method more than once is said here.
+
+The registry of strings, the compatibility check, ``python -m lightning_eff explain``, the documentation table and
+the test battery all read these rows. This part imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from lightning_eff.methods import others, precision
+from lightning_eff.methods.info import MethodInfo
+
+__all__ = ["METHODS", "MethodInfo"]
+
+METHODS: Mapping[str, MethodInfo] = MappingProxyType({info.name: info for info in (*precision.ROWS, *others.ROWS)})
