@@ -59,6 +59,19 @@ def test_stragglers_by_its_path(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_pipeline_by_its_path(tmp_path: Path) -> None:
+    """Two processes, of which rank 0 alone prints; the schedule is drawn where it was asked for."""
+    command = [sys.executable, str(ROOT / "examples" / "pipeline.py"), "--fast", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("x one process, ") == 1
+    (row,) = [line.split() for line in done.stdout.splitlines() if "bits per character  " in line]
+    alone, ours = map(float, row[-2:])
+    assert 0 < ours < 7.5, "7 bits are a guess among 128 characters"
+    assert abs(ours - alone) < 1
+    assert "<svg" in (tmp_path / "out" / "pipeline_schedule.svg").read_text(encoding="utf-8")
+
+
 def write_batch(path: Path, images: int) -> None:
     generator = np.random.default_rng(0)
     records = generator.integers(0, 256, (images, 3073), dtype=np.uint8)

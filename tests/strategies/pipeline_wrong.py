@@ -10,15 +10,15 @@ from lightning_eff.strategies.pipeline import hooks, weights
 from lightning_eff.strategies.pipeline.mitigation import Mitigation
 from lightning_eff.strategies.pipeline.randomness import Randomness
 from lightning_eff.strategies.pipeline.runner import Runner
-from lightning_eff.strategies.pipeline.weights import Stage, Weights
+from lightning_eff.strategies.pipeline.weights import Weights
 from tests.strategies.pipeline_models import replaced
 
 Within = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def one_update_less_late() -> Any:
-    right = Stage.delay.fget  # type: ignore[attr-defined]
-    return replaced(Stage, "delay", property(lambda stage: max(0, right(stage) - 1)))
+    right = weights.delay
+    return replaced(weights, "delay", lambda *given, **named: max(0, right(*given, **named) - 1))
 
 
 def backward_with_the_forwards_weights() -> Any:

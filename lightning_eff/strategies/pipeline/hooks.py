@@ -114,7 +114,7 @@ def clip_by_stage(plugin: Any, weights: Callable[[], Weights | None]) -> Undo:
 
     def clip_gradients(optimizer: Any, *args: Any, **kwargs: Any) -> None:
         ours, whole = weights(), optimizer.param_groups
-        if ours is None:
+        if ours is None or not (args[0] if args else kwargs.get("clip_val")):
             return
         for stage in ours.stages:
             if all(p.grad is None for p in stage.parameters):  # the pipeline fills; torch refuses to clip nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -206,13 +207,11 @@ def check_finite(model: nn.Module, weights: Weights, on_nonfinite: str) -> None:
     Raises:
         NonFiniteGradientError: unless ``on_nonfinite`` is "warn".
     """
-    grads = [(p, p.grad) for p in weights.parameters if p.grad is not None]
-    if not grads or bool(torch.stack([g.sum().float() for _, g in grads]).sum().isfinite()):
+    grads = [(p, p.grad) for p in weights.parameters if p.grad is not None and p.grad.numel()]
+    if not grads or bool(torch.stack(torch._foreach_norm([g for _, g in grads], math.inf)).isfinite().all()):
         return
     broken = {id(p) for p, g in grads if not bool(g.isfinite().all())}
     names = [name for name, p in model.named_parameters() if id(p) in broken]
-    if not names:  # a sum of finite numbers that is too large
-        return
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     message = (
         f"pipelined_bp: the gradient of micro-batch {weights.updates} is NaN or Inf on rank {rank} in {len(names)} "

@@ -33,6 +33,7 @@ class Stage:
         versions: version -> weights as a forward pass is to see them.
         stashed: (sample, weights) of forward passes whose backward pass is to see the same.
         previous: weights before the last update, for ``lwp_w``.
+        delay: D_s.
     """
 
     index: int
@@ -43,10 +44,8 @@ class Stage:
     stashed: deque[tuple[int, list[Tensor]]] = field(default_factory=deque)
     previous: list[Tensor] | None = None
 
-    @property
-    def delay(self) -> int:
-        """D_s."""
-        return delay(self.index, self.stages, in_flight=self.in_flight)
+    def __post_init__(self) -> None:
+        self.delay = delay(self.index, self.stages, in_flight=self.in_flight)
 
     def horizons(self, mitigation: Mitigation) -> tuple[float, float]:
         """Updates to look ahead, in forward and in backward passes."""
@@ -72,8 +71,9 @@ class Weights:
     def __init__(self, stages: Sequence[Stage], mitigation: Mitigation, optimizer: torch.optim.Optimizer) -> None:
         self.stages, self.mitigation, self.optimizer = list(stages), mitigation, optimizer
         self.samples = self.updates = 0
-        self._true: dict[int, list[Tensor]] = {}
-        self._buffers: dict[int, list[Tensor]] = {}
+        self._true: dict[int, Tensor] = {}
+        self._changed: list[nn.Parameter] = []
+        self._ahead = {stage.index: stage.horizons(mitigation) for stage in stages}
         self._members: dict[int, list[tuple[int, list[nn.Parameter]]]] = {}
         for stage in self.stages:
             ids = {id(p) for p in stage.parameters}
@@ -97,48 +97,53 @@ class Weights:
         """Put the weights in place that the next sample's forward pass is to see."""
         sample = self.samples
         self.samples += 1
+        passes = []
         for stage in self.stages:
-            version = max(0, sample - stage.delay)
-            ahead, _ = stage.horizons(self.mitigation)
-            seen = stage.versions.get(version)
-            for old in [v for v in stage.versions if v < max(0, sample + 1 - stage.delay)]:
-                del stage.versions[old]
+            ahead, _ = self._ahead[stage.index]
+            seen = stage.versions.get(max(0, sample - stage.delay))
+            needed = max(0, sample + 1 - stage.delay)  # by the next sample
+            for version in [v for v in stage.versions if v < needed]:
+                del stage.versions[version]
             if self.mitigation.stashes and stage.delay:
                 seen = seen or self._predicted(stage, ahead)
                 stage.stashed.append((sample, seen))
-            self._put(stage, seen, ahead)
+            passes.append((stage, seen, ahead))
+        self._put(passes)
 
     @torch.no_grad()
     def before_backward(self) -> None:
         """Put the weights in place that the backward pass of the oldest sample is to see: that of this update."""
-        for stage in self.stages:
-            _, ahead = stage.horizons(self.mitigation)
-            self._put(stage, stage.stashed.popleft()[1] if stage.stashed else None, ahead)
+        self._put([
+            (stage, stage.stashed.popleft()[1] if stage.stashed else None, self._ahead[stage.index][1])
+            for stage in self.stages
+        ])  # fmt: skip
 
     @torch.no_grad()
     def after_pass(self) -> None:
         """Put the true weights back."""
-        for stage in self.stages:
-            if (true := self._true.pop(stage.index, None)) is not None:
-                torch._foreach_copy_([p.data for p in stage.parameters], true)
+        changed, self._changed = self._changed, []
+        if changed:
+            torch._foreach_copy_([p.data for p in changed], [self._true[id(p)] for p in changed])
 
-    def _put(self, stage: Stage, seen: list[Tensor] | None, ahead: float) -> None:
-        """Put ``seen`` in place of the weights, or if it is None the weights predicted from these, if there are any.
+    def _put(self, passes: Sequence[tuple[Stage, list[Tensor] | None, float]]) -> None:
+        """Put other weights in place: of each stage the given ones, or those predicted so far ahead, if there are any.
 
         Written through .data: graphs in flight go on to read these parameters, whatever is in them.
         """
-        moves = [] if seen is not None else self._moves(stage, ahead)
-        if not stage.parameters or not (seen or moves):
+        kept = [(stage, seen) for stage, seen, _ in passes if seen is not None]
+        moves = [move for stage, seen, ahead in passes if seen is None for move in self._moves(stage, ahead)]
+        self._changed = [p for stage, _ in kept for p in stage.parameters] + [p for own, _, _ in moves for p in own]
+        if not self._changed:
             return
-        data = [p.data for p in stage.parameters]
-        if stage.index not in self._buffers:
-            self._buffers[stage.index] = [torch.empty_like(d) for d in data]
-        true = self._true[stage.index] = self._buffers[stage.index]
-        torch._foreach_copy_(true, data)
-        if seen is not None:
-            torch._foreach_copy_(data, seen)
-        for parameters, directions, far in moves:
-            torch._foreach_add_([p.data for p in parameters], directions, alpha=far)
+        data = [p.data for p in self._changed]
+        for p, d in zip(self._changed, data, strict=True):
+            if id(p) not in self._true:
+                self._true[id(p)] = torch.empty_like(d)
+        torch._foreach_copy_([self._true[id(p)] for p in self._changed], data)
+        if known := [w for _, seen in kept for w in seen]:
+            torch._foreach_copy_(data[: len(known)], known)
+        for own, directions, far in moves:
+            torch._foreach_add_([p.data for p in own], directions, alpha=far)
 
     def _moves(self, stage: Stage, ahead: float) -> list[tuple[list[nn.Parameter], list[Tensor], float]]:
         """Where the weights go in ``ahead`` updates: parameters, directions, and how far."""
@@ -195,8 +200,7 @@ class Weights:
         """Keep the weights that are about to be updated where a later forward pass is to see them."""
         for stage in self.stages:
             if stage.delay and self.updates >= max(0, self.samples - stage.delay):
-                ahead, _ = stage.horizons(self.mitigation)
-                stage.versions[self.updates] = self._predicted(stage, ahead)
+                stage.versions[self.updates] = self._predicted(stage, self._ahead[stage.index][0])
 
     def _step(self, step: Callable[[], Any]) -> None:
         """The user's optimizer, with what the mitigation adds, one parameter group for each group and stage."""
