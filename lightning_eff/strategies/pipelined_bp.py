@@ -58,7 +58,7 @@ class PipelinedBPMixin(OneReplica):
             activations but waits for every message.
         shrink_factor: gamma of ``"shrink"``, by which gradients shrink for every update they are late.
         curvature: largest eigenvalue of the loss's Hessian, for a warning if training cannot be stable; ``"measure"``
-            takes it from the first batch (some 40 passes).
+            takes each stage's from the first batch (some 40 passes a stage).
         on_nonfinite: ``"raise"`` before a NaN or Inf gradient reaches a parameter, or ``"warn"``.
         schedule_picture: save a picture of the schedule beside the logs, or in ``default_root_dir``.
         process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
@@ -172,21 +172,26 @@ class PipelinedBPMixin(OneReplica):
         loaded, self._loaded = self._loaded, None
         stages = self.num_stages
 
-        def found() -> tuple[str, Look, Cut, int, float | None]:
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+        def found() -> tuple[str, Look, Cut, int, list[Any]]:
             stack = find_stack(model, self.module, stages=stages if isinstance(stages, int) else 2)
             seen = [look_at(model, stack, step, device) for _ in range(2)][-1]  # the first is slow, and times are used
             wanted = stages
             if loaded is not None and loaded["layers"] == list(stack.names) and len(loaded["starts"]) == stages:
                 wanted = loaded["starts"]  # measured times differ from run to run
-            curvature = curvature_at(model, step, device) if self.curvature == "measure" else self.curvature
-            return stack.name, seen, cut(model, stack, seen, wanted, self.positions), drawn_seed(), curvature
+            where = cut(model, stack, seen, wanted, self.positions)
+            parts = [[p for n, p in named.items() if where.owners[n] == s] for s in range(where.stages)]
+            curved = [
+                curvature_at(model, step, device, p) if self.curvature == "measure" else self.curvature for p in parts
+            ]
+            return stack.name, seen, where, drawn_seed(), curved
 
         first = self._roll("the first micro-batch") if self.positions > 1 else nullcontext()
         with hooks.precision_unchanged(self.precision_plugin):  # type: ignore[attr-defined]
-            name, seen, where, seed, curvature = gather.told_by_rank_0(found, within=first)
+            name, seen, where, seed, curved = gather.told_by_rank_0(found, within=first)
         stack = find_stack(model, name if self.module is None and name else self.module, stages=where.stages)
         position = self.positions - 1 - int(self.global_rank)  # type: ignore[attr-defined]
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         mine = [
             Stage(s, where.stages, self.in_flight, [p for n, p in named.items() if where.owners[n] == s])
             for s in where.stages_of(position)
@@ -194,7 +199,7 @@ class PipelinedBPMixin(OneReplica):
         if position == self.positions - 1:
             delays = [delay(s, where.stages, in_flight=self.in_flight) for s in range(where.stages)]
             Console(width=140).print(cut_table(stack, seen, where, named, delays))
-            refusals.warn_if_unstable(optimizer, mitigation, delays[0], curvature)
+            refusals.warn_if_unstable(optimizer, mitigation, delays, curved)
             if said:
                 warnings.warn(f"pipelined_bp: {said}", EffWarning, stacklevel=2)
         weights = Weights(mine, mitigation, optimizer)
@@ -210,13 +215,7 @@ class PipelinedBPMixin(OneReplica):
         if before == starts and loaded["in_flight"] == self.in_flight:
             weights.load(int(loaded["samples"]), loaded["stages"])
             return
-        warnings.warn(
-            f"pipelined_bp: the checkpoint's stages begin at {before} with in_flight={loaded['in_flight']}, this "
-            f"run's at {starts} with in_flight={self.in_flight}. Weights and optimizer are restored; delays begin "
-            "anew, as at the beginning of a run.",
-            EffWarning,
-            stacklevel=2,
-        )
+        refusals.warn_of_other_stages(before, loaded["in_flight"], starts, self.in_flight)
 
     # ------------------------------------------------------------------------------------------ a micro-batch
 

@@ -218,7 +218,7 @@ def said(call: Callable[[], Any]) -> list[str]:
 def warned(lr: float, momentum: float, delay: int, curvature: float | None, text: str = "lwp+sc") -> list[str]:
     sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=lr, momentum=momentum)
     mitigation = parse_mitigation(text, horizon=None, gamma=0.9, stash=False)
-    return said(lambda: warn_if_unstable(sgd, mitigation, delay, curvature))
+    return said(lambda: warn_if_unstable(sgd, mitigation, [delay, 0], [curvature, None]))
 
 
 @pytest.mark.parametrize("text", ["none", "sc", "lwp", "lwp_w", "lwp+sc", "lwp_w+sc", "spectrain", "stash+sc"])
@@ -227,25 +227,33 @@ def test_a_rate_above_the_limit_is_told_and_none_below(text: str) -> None:
     limit = max_stable_lr(5.0, 4, 0.9, mitigation=analysed)  # type: ignore[arg-type]
     assert warned(limit * 0.99, 0.9, 4, 5.0, text) == []
     (told,) = warned(limit * 1.01, 0.9, 4, 5.0, text)
-    assert "a delay of 4 is not stable where the curvature is 5" in told
+    assert "is not stable in stage 0, with a delay of 4 and a curvature of 5;" in told
     assert f"with {analysed!r} the limit is {limit:.3g}" in told
     assert "adaptive braking" in told
     assert warned(limit * 1.01, 0.9, 4, None, text) == []
 
 
 def test_a_delay_that_nothing_helps_against_is_told() -> None:
-    assert warned(1e-6, 0.9, 30, None) == []  # D (1 - m) = 3
-    (told,) = warned(1e-6, 0.9, 31, None)
-    assert "D(1-m) = 3.1" in told
+    assert warned(1e-6, 0.75, 4, None) == []  # D (1 - m) = 1
+    (told,) = warned(1e-6, 0.75, 6, None)
+    assert "D(1-m) = 1.5" in told
     assert "adaptive braking (Venigalla" in told
     assert warned(1e-6, 0.0, 31, None) == [], "without momentum there is nothing to compensate for"
     assert len(warned(10.0, 0.5, 10, 5.0)) == 2, "both"
 
 
+def test_the_stage_nearest_to_its_limit_is_told() -> None:
+    """A late stage with a small delay may be the one that cannot train."""
+    sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.05, momentum=0.5)
+    mitigation = parse_mitigation("none", horizon=None, gamma=0.9, stash=False)
+    (told,) = said(lambda: warn_if_unstable(sgd, mitigation, [2, 1, 0], [0.1, 100.0, 1.0]))
+    assert "not stable in stage 1, with a delay of 1 and a curvature of 100;" in told
+
+
 def test_of_other_optimizers_nothing_is_said() -> None:
     adam = torch.optim.Adam([nn.Parameter(torch.ones(1))], lr=100.0)
     mitigation = parse_mitigation("lwp", horizon=None, gamma=0.9, stash=False)
-    assert said(lambda: warn_if_unstable(adam, mitigation, 100, 100.0)) == []
+    assert said(lambda: warn_if_unstable(adam, mitigation, [100], [100.0])) == []
 
 
 def _said_by_a_run(rank: int, world: int, curvature: Any) -> list[str]:
@@ -262,7 +270,7 @@ def test_a_run_says_it_once(curvature: Any) -> None:
     last, first = run_ranks(_said_by_a_run, 2, curvature, init_group=False)
     much, unstable = last
     assert "D(1-m) = 5.0" in much
-    assert "not stable where the curvature is" in unstable
+    assert "is not stable in stage" in unstable
     assert first == []
 
 

@@ -8,6 +8,7 @@ brought, the *carry*, and takes up again where the stack ends.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -201,12 +202,19 @@ class Form:
         """The form of a carry."""
         return cls(pytree.tree_map(_forms, tuple(carry)))
 
+    @functools.cached_property
+    def is_one_tensor(self) -> bool:
+        """Whether a carry of this form is one tensor and nothing else."""
+        return self.template == (_Tensor(), (), {})
+
     def tensors(self, carry: Carry) -> list[Tensor]:
         """The tensors of a carry of this form.
 
         Raises:
             UnsupportedCombinationError: it has another form.
         """
+        if isinstance(carry.x, Tensor) and not carry.args and not carry.kwargs and self.is_one_tensor:
+            return [carry.x]
         given = Form.of(carry).template
         if given != self.template:
             raise UnsupportedCombinationError(
@@ -218,6 +226,8 @@ class Form:
 
     def carry(self, tensors: Sequence[Tensor]) -> Carry:
         """The carry of this form with these tensors."""
+        if self.is_one_tensor:
+            return Carry(tensors[0])
         rest = iter(tensors)
         return Carry(*pytree.tree_map(lambda leaf: next(rest) if isinstance(leaf, _Tensor) else leaf, self.template))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,15 +112,20 @@ def look_at(model: nn.Module, stack: Stack, step: Callable[[], Any], device: tor
     return found
 
 
-def curvature_at(model: nn.Module, step: Callable[[], Any], device: torch.device) -> float:
+def curvature_at(
+    model: nn.Module, step: Callable[[], Any], device: torch.device, weights: Sequence[nn.Parameter] | None = None
+) -> float:
     """Largest eigenvalue of the Hessian of the first batch's loss; about 40 passes.
 
     Args:
         model: the LightningModule; as it was, afterwards.
         step: runs the user's ``training_step`` on the first batch.
         device: where.
+        weights: in which directions; None for all that are trained.
     """
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in model.parameters() if p.requires_grad] if weights is None else weights
+    if not weights:
+        return 0.0
     before = [p.detach().clone() for p in weights]
 
     def gradient(flat: Tensor) -> Tensor:

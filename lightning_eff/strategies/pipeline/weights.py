@@ -205,7 +205,7 @@ class Weights:
     def _step(self, step: Callable[[], Any]) -> None:
         """The user's optimizer, with what the mitigation adds, one parameter group for each group and stage."""
         optimizer, compensates = self.optimizer, "sc" in self.mitigation.parts
-        if not compensates and self.mitigation.gamma == 1.0:
+        if not any(stage.delay for stage in self.stages) or not (compensates or self.mitigation.gamma != 1.0):
             step()
             return
         whole, parts, spikes = optimizer.param_groups, [], []
