@@ -342,7 +342,7 @@ class PipelinedBPMixin(OneReplica):
                 drawn = self.schedule_picture and self.positions > 1
                 where = save_picture(timelines, folder) if drawn else None
                 for line in verdict(timelines, runner.weights, where):
-                    Console(width=200).print(line, highlight=False)
+                    Console().print(line, highlight=False, soft_wrap=True)
         super().on_train_end()  # type: ignore[misc]
 
     def teardown(self) -> None:
