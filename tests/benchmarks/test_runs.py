@@ -77,6 +77,7 @@ def test_memory(tmp_path: Path) -> None:
     assert 0.125 <= layers["mlp", "luq4 / fp32"] < 0.13
 
 
+@pytest.mark.long
 def test_compile_time(tmp_path: Path) -> None:
     assert compile_time.main(["--tiny", "--rounds", "1", "--check", "--results", str(tmp_path)]) == 0
     assert {"luq4 cold, first step", "luq4 warm, first step"} <= {row["pair"] for row in rows(tmp_path)}

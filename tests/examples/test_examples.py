@@ -46,6 +46,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer.trainer.callback_metrics["val_accuracy"] > 0.2
 
 
+@pytest.mark.long
 def test_stragglers_by_its_path(tmp_path: Path) -> None:
     """Rank 1 is always slow, so that dropping is certain: one of its eight micro-batches, a sixteenth of all."""
     command = [sys.executable, str(ROOT / "examples" / "stragglers.py"), "--fast", "--delay", "slow:rank=1,factor=4"]

@@ -327,6 +327,7 @@ def _from_an_older_version(rank: int, world: int, folder: str, threshold_s: floa
     return _told(_run(rank, world, folder, _timed(), resume=True, **more))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("saved", [5.0, math.inf])
 def test_a_checkpoint_that_does_not_say_whether_it_measured(tmp_path: Path, saved: float) -> None:
     """A finite threshold is kept, inf is measured."""

@@ -79,7 +79,13 @@ SCENARIOS: dict[str, tuple[tuple[int, ...], Plan, Plan, Plan]] = {
     "micro_batch_size": ((2,), {"micro_batch_size": 2}, {}, {}),
     "a stage per layer": ((2,), {"stages": "layers", "mitigation": "lwp_w"}, {}, {}),
 }
-CASES = [(name, ranks) for name, (numbers, *_) in SCENARIOS.items() for ranks in numbers]
+ALWAYS = ("sgd", "dropout and batch norm", "clip by norm", "tuples", "bf16-mixed", "by a metric", "no validation")
+"""Scenarios that every run of the tests has; the others are for the long ones."""
+CASES = [
+    pytest.param(name, ranks, marks=[] if name in ALWAYS else [pytest.mark.long])
+    for name, (numbers, *_) in SCENARIOS.items()
+    for ranks in numbers
+]
 
 
 def plan_of(name: str, ranks: int) -> tuple[Plan, Plan, Plan]:
@@ -208,13 +214,18 @@ def test_staleness_is_the_first_stages_delay(ranks: int, validate: bool) -> None
     ("mutant", "name"),
     [
         (wrong.one_update_less_late, "sgd"),
-        (wrong.backward_with_the_forwards_weights, "none"),
-        (wrong.no_prediction, "adamw"),
-        (wrong.scheduler_at_once, "sgd"),
-        (wrong.clip_over_all_stages, "clip by norm"),
-        (wrong.no_versions_kept, "sgd"),
-        (wrong.no_streams, "many validations"),
-        (wrong.update_without_a_gradient, "adamw"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (wrong.backward_with_the_forwards_weights, "none"),
+                (wrong.no_prediction, "adamw"),
+                (wrong.scheduler_at_once, "sgd"),
+                (wrong.clip_over_all_stages, "clip by norm"),
+                (wrong.no_versions_kept, "sgd"),
+                (wrong.no_streams, "many validations"),
+                (wrong.update_without_a_gradient, "adamw"),
+            )
+        ),
     ],
 )
 def test_the_comparison_with_the_emulation_notices(mutant: wrong.Within, name: str) -> None:

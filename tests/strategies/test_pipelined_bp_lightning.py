@@ -149,7 +149,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "dfp16": {"options": {"precision": "dfp16"}},
     "fp8-rowwise": {"options": fp8},
 }
-LONGER = ("anomaly", "rich", "sanity", "bf16-kahan", "save by loss_epoch")
+LONGER = (
+    "anomaly", "rich", "sanity", "bf16-kahan", "save by loss_epoch", "save by val_loss", "save by time", "tqdm",
+    "limit_train_batches", "overfit_batches", "clip by value", "bf16-true", "bf16-split", "max_steps",
+    "stop by val_loss",
+)  # fmt: skip
 
 
 def _scenario(rank: int, world: int, folder: str, name: str, given: dict[str, Any]) -> Outcome:

@@ -210,7 +210,9 @@ def _resumed(rank: int, world: int, folder: str, name: str, stages: int, resume:
     return run(folder, world, {"stages": CUTS[stages], **plan}, model, resume=resume)
 
 
-@pytest.mark.parametrize("name", ["lwp_w+sc", "adamw", "stash"])
+@pytest.mark.parametrize(
+    "name", ["lwp_w+sc", *(pytest.param(name, marks=pytest.mark.long) for name in ("adamw", "stash"))]
+)
 @pytest.mark.parametrize(("saved", "resumed"), [(2, 1), (1, 2), pytest.param(3, 1, marks=pytest.mark.long), (3, 2)])
 def test_as_many_stages_on_another_number_of_ranks(tmp_path: Path, saved: int, resumed: int, name: str) -> None:
     stages = max(saved, resumed)
