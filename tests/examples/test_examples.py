@@ -60,6 +60,7 @@ def test_stragglers_by_its_path(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_pipeline_by_its_path(tmp_path: Path) -> None:
     """Two processes, of which rank 0 alone prints; the schedule is drawn where it was asked for."""
     command = [sys.executable, str(ROOT / "examples" / "pipeline.py"), "--fast", "--output", str(tmp_path / "out")]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @dataclass
@@ -47,8 +47,7 @@ def worker_main(pipe: Connection, stacks: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's business
     _end_with_parent()
     with Path(stacks).open("w") as file:
-        if hasattr(signal, "SIGUSR1"):
-            faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        _dump_on_request(file)
         import torch
 
         torch.set_num_threads(1)
@@ -58,7 +57,15 @@ def worker_main(pipe: Connection, stacks: str) -> None:
                 message = pipe.recv_bytes()
             except (EOFError, OSError):
                 return
+            _dump_on_request(file)
             pipe.send_bytes(_answer(message))
+
+
+def _dump_on_request(file: IO[str]) -> None:
+    """Write all stacks on SIGUSR1, anew for every call: a Trainer sets back the handlers that Python knows."""
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.unregister(signal.SIGUSR1)
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
 
 
 def _end_with_parent() -> None:

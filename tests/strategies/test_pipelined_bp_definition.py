@@ -72,7 +72,10 @@ def far_from(simulated: Oracle, outcome: Outcome) -> list[str]:
     return [name for name, (a, b) in pairs.items() if not (a - b).norm() <= 1e-12 * a.norm()]
 
 
-@pytest.mark.parametrize("name", MITIGATIONS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if "1F1B" in name or name.isidentifier() or "+" in name else [pytest.mark.long])
+    for name in MITIGATIONS
+])  # fmt: skip
 def test_the_emulation_is_the_definition(name: str) -> None:
     assert far_from(oracle(MITIGATIONS[name]), emulation(MITIGATIONS[name])) == []
 
@@ -142,7 +145,7 @@ def _scalar(rank: int, world: int, mitigation: str) -> list[float]:
     return seen
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("mitigation", GOLDEN)
 def test_golden_values(mitigation: str, ranks: int) -> None:
     """Given to ten digits. After a micro-batch the first of two processes has made D updates fewer than one alone."""
