@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from lightning_eff.errors import EffWarning, NonFiniteGradientError
 from tests.harness import RanksFailedError, run_ranks
 from tests.integration.conftest import run_python
 from tests.strategies.models import BATCH, loader, loss_of, parameters_of, task, trainer
+from tests.strategies.processes import no_orphans
 from tests.strategies.test_dropcompute import PLAN, SAMPLES, M, planned, reference
 
 TIMEOUT_S = 2.5
@@ -299,34 +298,13 @@ if __name__ == "__main__":
 """
 
 
-@contextlib.contextmanager
-def _no_orphans(folder: Path) -> Iterator[None]:
-    """Every process that wrote its id there is gone, and is ended here if it is not."""
-    yield
-    pids = [int(path.read_text()) for path in folder.glob("pid-*")]
-    assert len(pids) == 2
-    deadline = time.monotonic() + 5.0
-    while (alive := [pid for pid in pids if _lives(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-    assert not alive
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["raise", "die"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_launched_project_leaves_no_process_behind(tmp_path: Path, kind: str, victim: int) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     arguments = ("-m", "lightning_eff", "run", "train.py", kind, str(victim), str(MIDDLE))
-    with _no_orphans(tmp_path):
+    with no_orphans(tmp_path):
         done = run_python(*arguments, cwd=tmp_path, timeout=60)
         ended = time.time()
     assert done.returncode != 0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from tests.strategies.pipeline_models import (
     task,
     trainer,
 )
+from tests.strategies.processes import no_orphans
 
 TIMEOUT_S = 2.5
 """Of messages, where a rank hangs; the ranks have imported everything by then, or the first one takes longer."""
@@ -403,27 +402,6 @@ if __name__ == "__main__":
 """
 
 
-@contextlib.contextmanager
-def _no_orphans(folder: Path) -> Iterator[None]:
-    """Every process that wrote its id there is gone, and is ended here if it is not."""
-    yield
-    pids = [int(path.read_text()) for path in folder.glob("pid-*")]
-    assert len(pids) == 2
-    deadline = time.monotonic() + 5.0
-    while (alive := [pid for pid in pids if _lives(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-    assert not alive
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize(
     ("kind", "victim"),
     [
@@ -438,7 +416,7 @@ def _lives(pid: int) -> bool:
 )
 def test_a_script_ends_with_an_error_and_leaves_no_process_behind(tmp_path: Path, kind: str, victim: int) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
-    with _no_orphans(tmp_path):
+    with no_orphans(tmp_path):
         done = run_python("train.py", kind, str(victim), str(MIDDLE), cwd=tmp_path, timeout=60)
         ended = time.time()
     assert done.returncode != 0
