@@ -97,11 +97,15 @@ if __name__ == "__main__":
 """
 
 
+UNTOUCHED = ("-m", "lightning_eff", "run")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "lightning_eff", "run")
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("root", NAMESPACES)
-def test_an_untouched_project_launched_on_two_processes(root: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("root", "launch"), [*((root, UNTOUCHED) for root in NAMESPACES), (NAMESPACES[0], TORCHRUN)])
+def test_an_untouched_project_launched_on_two_processes(root: str, launch: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT.replace("{root}", root))
-    done = run_python("-m", "lightning_eff", "run", "train.py", "dropcompute", cwd=tmp_path)
+    done = run_python(*launch, "train.py", "dropcompute", cwd=tmp_path)
     found = sorted(reports(done), key=lambda line: line["rank"])
     assert [line["rank"] for line in found] == [0, 1]
     for line in found:
