@@ -38,6 +38,13 @@ class RankLostError(EffError, RuntimeError):
     """A rank did not come to where all ranks had to meet, or was lost there."""
 
 
+class CheckpointError(EffError, RuntimeError):
+    """The state of a method in a checkpoint is damaged, of another version, or of another model.
+
+    A RuntimeError, as torch's ``load_state_dict`` raises for weights that do not fit.
+    """
+
+
 class MissingDependencyError(EffError, ImportError):
     """An optional package is needed for what was asked."""
 

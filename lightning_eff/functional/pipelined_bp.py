@@ -39,7 +39,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.checks import Real, Whole, check
 
 Kind = Literal["forward", "backward"]
 FINE_GRAINED = 2
@@ -83,23 +83,19 @@ def delay(stage: int, stages: int, *, in_flight: int = FINE_GRAINED) -> int:
         [3, 2, 1, 0]
     """
     _check_at_least_one(stages=stages, in_flight=in_flight)
-    if not 0 <= stage < stages:
-        raise ConfigurationError(f"stage={stage!r} is not allowed; {stages} stages are numbered 0 to {stages - 1}.")
+    check("stage", stage, Whole(0, stages - 1, f"there are {stages}"))
     return in_flight * (stages - 1 - stage)
 
 
 def _check_at_least_one(**counts: int) -> None:
     for name, count in counts.items():
-        if count < 1:
-            raise ConfigurationError(f"{name}={count!r} is not allowed; it is at least 1.")
+        check(name, count, Whole(1))
 
 
 def _check_range(low: float, high: float, **values: float) -> None:
     """Raise unless low <= value <= high and the value is finite (NaN is in no range)."""
     for name, value in values.items():
-        if not (low <= value <= high and math.isfinite(value)):
-            limit = f"not below {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-            raise ConfigurationError(f"{name}={value!r} is not allowed; it is a finite number {limit}.")
+        check(name, value, Real(low, None if high == math.inf else high))
 
 
 def _power_sum(momentum: float, delay: float) -> float:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
+from lightning_eff.checks import Choice, check
+from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
 from lightning_eff.kernels.bf16 import SGDRule, join_fp32, sgd_step, write_kahan, write_split, write_stochastic
 from lightning_eff.kernels.products import scratch
 
@@ -74,8 +75,7 @@ def bf16_updates(optimizer: OptimizerT, *, update: Update = "split", seed: int |
         >>> weight.item()
         1.5
     """
-    if update not in UPDATES:
-        raise ConfigurationError(f"update={update!r} is not known.{nearest(str(update), UPDATES)} Allowed: {UPDATES}.")
+    update = check("update", update, Choice(*UPDATES))
     if isinstance(optimizer, ShadowedOptimizer):
         if optimizer.update != update:
             raise ConfigurationError(f"The optimizer already has update={optimizer.update!r}; {update!r} was given.")
