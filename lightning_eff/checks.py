@@ -13,7 +13,7 @@ import numbers
 import operator
 import re
 import reprlib
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -92,6 +92,15 @@ def check(name: str, given: Any, rule: Rule) -> Any:
         return rule.read(given, Place(name))
     except NotAllowedError as error:
         raise ConfigurationError(str(error)) from None
+
+
+def checked(rules: Mapping[str, Rule], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that ``rules`` names, of a constructor's ``locals()`` for instance, as plain values.
+
+    Raises:
+        ConfigurationError: a rule does not allow its option.
+    """
+    return {name: check(name, given[name], rule) for name, rule in rules.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -262,6 +271,20 @@ class Names:
         if len(names) < self.least:
             raise place.refuse(given, self)
         return tuple(sorted(names) if _is(given, Set) else names)  # sets have another order on every rank
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An object of a class."""
+
+    kind: type
+    allowed: str
+
+    def read(self, given: Any, place: Place) -> Any:
+        """See :class:`Rule`."""
+        if issubclass(type(given), self.kind):
+            return given
+        raise place.refuse(given, self)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from lightning_eff.checks import ON_NONFINITE, Choice, Maybe, Names, Rule, Whole, YesNo, check
+from lightning_eff.checks import ON_NONFINITE, Choice, Maybe, Names, Rule, Whole, YesNo, check, checked
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.flexpoint import ALPHA, BETA, GAMMA, LENGTH
 from lightning_eff.functional.float_format import ROUNDING, Rounding
@@ -90,8 +90,8 @@ class LayerConfig:
     """What each option may be."""
 
     def __post_init__(self) -> None:
-        for name, rule in self.RULES.items():
-            object.__setattr__(self, name, check(name, getattr(self, name), rule))
+        for name, value in checked(self.RULES, self.__dict__).items():
+            object.__setattr__(self, name, value)
 
     def format(self) -> Format:
         """The format these options ask for."""

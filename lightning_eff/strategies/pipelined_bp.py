@@ -19,10 +19,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from lightning_eff.checks import checked
 from lightning_eff.errors import EffWarning
 from lightning_eff.functional.pipelined_bp import delay
 from lightning_eff.integration.roll_call import RollCall
 from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.strategies.options import PIPELINED_BP
 from lightning_eff.strategies.pipeline import gather, hooks, refusals
 from lightning_eff.strategies.pipeline.cut import Cut, cut, cut_table
 from lightning_eff.strategies.pipeline.layers import find_stack
@@ -31,6 +33,7 @@ from lightning_eff.strategies.pipeline.mitigation import fitting, parse_mitigati
 from lightning_eff.strategies.pipeline.one_replica import OneReplica
 from lightning_eff.strategies.pipeline.randomness import Randomness, drawn_seed, same_on_all_ranks
 from lightning_eff.strategies.pipeline.report import save_picture, verdict
+from lightning_eff.strategies.pipeline.resume import go_on
 from lightning_eff.strategies.pipeline.runner import Runner
 from lightning_eff.strategies.pipeline.weights import Stage, Weights
 
@@ -92,13 +95,15 @@ class PipelinedBPMixin(OneReplica):
         process_group_backend: str | None = None,
         timeout_s: float = 1800.0,
     ) -> None:
-        refusals.check_options(module, stages, micro_batch_size, in_flight, curvature, on_nonfinite, timeout_s)
-        self._wait = timedelta(seconds=timeout_s)
+        given = checked(PIPELINED_BP, locals())
+        self._wait = timedelta(seconds=given["timeout_s"])
         super().__init__(process_group_backend=process_group_backend, timeout=self._wait)  # type: ignore[call-arg]
-        self.mitigation = parse_mitigation(mitigation, horizon=horizon, gamma=shrink_factor, stash=stash)
-        self.module, self.stages, self.in_flight = module, stages, in_flight
-        self.micro_batch_size, self.curvature, self.on_nonfinite = micro_batch_size, curvature, on_nonfinite
-        self.schedule_picture = schedule_picture
+        self.mitigation = parse_mitigation(
+            given["mitigation"], horizon=given["horizon"], gamma=given["shrink_factor"], stash=given["stash"]
+        )
+        self.module, self.stages, self.in_flight = given["module"], given["stages"], given["in_flight"]
+        self.micro_batch_size, self.curvature = given["micro_batch_size"], given["curvature"]
+        self.on_nonfinite, self.schedule_picture = given["on_nonfinite"], given["schedule_picture"]
         self.metrics: dict[str, float] = {}
         self._trainer: Any = None
         self._runner: Runner | None = None
@@ -204,18 +209,11 @@ class PipelinedBPMixin(OneReplica):
                 warnings.warn(f"pipelined_bp: {said}", EffWarning, stacklevel=2)
         weights = Weights(mine, mitigation, optimizer)
         if loaded is not None:
-            seed = int(loaded["seed"])
-            self._go_on(weights, loaded, [stack.names[i] for i in where.starts])
+            seed = loaded["seed"]
+            go_on(weights, loaded, [stack.names[i] for i in where.starts], self.in_flight)
         self._gathered = gather.Gathered(model, optimizer, where, position)
         streams = Randomness(seed, device)
         return Runner(stack, seen, where, weights, streams, timeout=self._wait, roll=self._roll)
-
-    def _go_on(self, weights: Weights, loaded: dict[str, Any], starts: list[str]) -> None:
-        before = [loaded["layers"][i] for i in loaded["starts"]]
-        if before == starts and loaded["in_flight"] == self.in_flight:
-            weights.load(int(loaded["samples"]), loaded["stages"])
-            return
-        refusals.warn_of_other_stages(before, loaded["in_flight"], starts, self.in_flight)
 
     # ------------------------------------------------------------------------------------------ a micro-batch
 
@@ -394,6 +392,7 @@ class PipelinedBPMixin(OneReplica):
         super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Restore the optimizers; the rest is restored with the first batch."""
+        """Restore the optimizers; the rest is looked at here, and restored with the first batch."""
+        loaded = self.info.read_state(checkpoint[KEY]) if KEY in checkpoint else None
         super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
-        self._loaded = checkpoint.get(KEY)
+        self._loaded = loaded

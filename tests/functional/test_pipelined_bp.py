@@ -313,7 +313,10 @@ def test_shrinking() -> None:
         (lambda: delay(0, 0), "stages=0"),
         (lambda: delay(0, 3, in_flight=0), "in_flight=0"),
         (lambda: spectrain_horizons(3, 3), "stage=3"),
-        (lambda: spike_coefficients(1.1, 2), "momentum=1.1 is not allowed; it must be a finite number, 0 or more, 1 at most"),
+        (
+            lambda: spike_coefficients(1.1, 2),
+            "momentum=1.1 is not allowed; it must be a finite number, 0 or more, 1 at most",
+        ),
         (lambda: spike_coefficients(math.nan, 2), "momentum=nan"),
         (lambda: spike_coefficients(0.9, -1), "delay=-1 is not allowed; it must be a finite number, 0 or more"),
         (lambda: spike_coefficients(0.9, math.inf), "delay=inf"),

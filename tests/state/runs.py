@@ -62,9 +62,7 @@ RUNS: dict[str, Run] = {
     "bf16-sr": Run(lambda: _precision("BF16Precision", update="sr"), ("optimizer_states", 0)),
     "bf16-kahan": Run(lambda: _precision("BF16Precision", update="kahan"), ("optimizer_states", 0)),
     "bf16-split": Run(lambda: _precision("BF16Precision", update="split"), ("optimizer_states", 0), "adam"),
-    "dropcompute": Run(
-        lambda: _strategy("DropComputeStrategy", warmup_steps=6), ("DropComputeStrategy",), warmup=3
-    ),
+    "dropcompute": Run(lambda: _strategy("DropComputeStrategy", warmup_steps=6), ("DropComputeStrategy",), warmup=3),
     "pipelined_bp": Run(
         lambda: _strategy("PipelinedBPStrategy", module="net", stages=["2"], mitigation="lwp_w"),
         ("PipelinedBPStrategy",),
@@ -107,7 +105,12 @@ def fit(name: str, steps: int, *, resume: str | Path | None = None) -> Any:
     """The Trainer after ``steps`` optimizer steps of one run, or of a run that is resumed."""
     from lightning.pytorch import Trainer
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     run = RUNS[name]
     trainer = Trainer(accelerator="cpu", devices=1, max_steps=steps, log_every_n_steps=1, **quiet, **run.options())
     torch.manual_seed(3)

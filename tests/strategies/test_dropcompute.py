@@ -29,7 +29,7 @@ def planned(plan: list[list[int]], **options: Any) -> Any:
     class Planned(DropComputeStrategy):  # type: ignore[misc,valid-type]
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             count = plan[self.global_rank][self._steps]
-            self.threshold_s = math.inf if self._window.offered < count else -1.0
+            self.threshold_s = math.inf if self._window.offered < count else 0.0
             return super().training_step(*args, **kwargs)
 
     return Planned(threshold=1.0, process_group_backend="gloo", **options)
