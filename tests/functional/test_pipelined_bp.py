@@ -315,7 +315,7 @@ def test_shrinking() -> None:
         (lambda: spectrain_horizons(3, 3), "stage=3"),
         (
             lambda: spike_coefficients(1.1, 2),
-            "momentum=1.1 is not allowed; it must be a finite number, 0 or more, 1 at most",
+            "momentum=1.1 is not allowed; it must be a .* 1 at most",
         ),
         (lambda: spike_coefficients(math.nan, 2), "momentum=nan"),
         (lambda: spike_coefficients(0.9, -1), "delay=-1 is not allowed; it must be a finite number, 0 or more"),

@@ -296,10 +296,12 @@ def test_the_state_is_needed(tmp_path: Path, key: str, world: int) -> None:
     else:
         _lose(key, checkpoint)
     torch.save(checkpoint, path)
-    result = run_ranks(_resumed, world, str(tmp_path), name, 2, init_group=False)[0]
+    results = run_ranks(_resumed, world, str(tmp_path), name, 2, init_group=False)
+    result = results[0]
     assert result.trainer["global_step"] == STEPS
     assert bits(result.state) != bits(whole.state)
-    assert any("not exact" in message for message in result.extra["warned"]) == (key == "previous")
+    warned = [message for each in results for message in each.extra["warned"] if "not exact" in message]
+    assert bool(warned) == (key == "previous")
 
 
 def test_lost_versions_are_refused(tmp_path: Path) -> None:
