@@ -220,7 +220,7 @@ class Choice:
             if _same(value, given):
                 return value
         names = [value for value in self.values if isinstance(value, str)]
-        hint = nearest(str.__str__(given)[:80], names) if _is(given, str) else ""
+        hint = nearest(str.__str__(given), names) if _is(given, str) else ""
         raise place.refuse(given, self, hint)
 
 

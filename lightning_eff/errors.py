@@ -72,5 +72,5 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
         >>> nearest("luq5", ["luq4", "bf16-mixed"])
         " Did you mean 'luq4'?"
     """
-    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(given[:80], list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

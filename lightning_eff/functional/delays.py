@@ -221,7 +221,7 @@ def parse_delay(spec: str, *, seed: int = 0) -> Delay:
     if kind is None:
         if Path(name).suffix or os.path.isfile(spec):  # noqa: PTH113 - Path.is_file raises for what can be no path
             return TraceDelay(read_timings(spec).table)
-        hint = nearest(name[:80], _NAMED)
+        hint = nearest(name, _NAMED)
         raise ConfigurationError(
             f"No delay {shown(name)}.{hint} Known: {', '.join(_NAMED)}, or the path of a CSV file."
         )
@@ -233,7 +233,7 @@ def parse_delay(spec: str, *, seed: int = 0) -> Delay:
 def _option(delay: str, text: str, types: dict[str, str]) -> tuple[str, float]:
     name, _, value = (part.strip() for part in text.partition("="))
     if name not in types:
-        hint = nearest(name[:80], types)
+        hint = nearest(name, types)
         raise ConfigurationError(f"Delay {delay!r} has no option {shown(name)}.{hint} Options: {', '.join(types)}.")
     try:
         return name, _KINDS[types[name]](value)

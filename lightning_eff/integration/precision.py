@@ -127,7 +127,7 @@ def _check_names(info: MethodInfo, shell: type[Any], options: Mapping[Any, Any])
     for name in options:
         if not isinstance(name, str) or name not in known:
             raise ConfigurationError(
-                f"{info.name!r} has no option {shown(name)}.{nearest(str(name)[:80], known)} "
+                f"{info.name!r} has no option {shown(name)}.{nearest(name if isinstance(name, str) else '', known)} "
                 f"Its options: {', '.join(known) or 'none'}."
             )
 

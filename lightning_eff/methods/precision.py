@@ -120,7 +120,7 @@ ROWS = (
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
-        state=phase_and(memory=memory(DELAYED)),
+        state=phase_and(memory=memory(DELAYED), optional={"memory": {}}),
         metrics=_figures("fp8-delayed", "E4M3", top="E5M2"),
     ),
     MethodInfo(

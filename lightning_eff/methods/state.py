@@ -253,9 +253,16 @@ def memory(estimate: Rule) -> Rule:
     return Table(Table(estimate))
 
 
-def phase_and(*, stream: bool = False, **keys: Rule) -> Record:
-    """What every method with converted layers keeps, and more."""
-    return Record({**(STREAM if stream else {}), "phase": PHASE, **keys}, also=begun if stream else None)
+def phase_and(*, stream: bool = False, optional: Mapping[str, Any] = MappingProxyType({}), **keys: Rule) -> Record:
+    """What every method with converted layers keeps, and more.
+
+    Args:
+        stream: whether it rounds at random.
+        optional: keys that another variant of the method does not write; the run warns where it lacks them.
+        keys: what else it keeps.
+    """
+    own = {**(STREAM if stream else {}), "phase": PHASE, **keys}
+    return Record(own, optional=optional, also=begun if stream else None)
 
 
 UPDATES = Record({"update": Choice("sr", "kahan", "split"), "seed": SEED, "steps": Whole()})

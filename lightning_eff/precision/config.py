@@ -53,8 +53,7 @@ def variant_of(plugin: Any, option: str, given: Any, variants: Mapping[Any, str]
     """
     asked = plugin.__dict__.get("eff_method")
     named = next((value for value, name in variants.items() if name == asked), next(iter(variants)))
-    value = named if given is None else given
-    value = check(option, value, Choice(*variants))
+    value = named if given is None else check(option, given, Choice(*variants))
     if asked is not None and variants[value] != asked:
         raise ConfigurationError(
             f"{asked!r} was asked for with {option}={given!r}. Ask for {variants[value]!r}, or leave it out."

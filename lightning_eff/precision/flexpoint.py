@@ -154,14 +154,12 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         memory = {name: memory.estimate.state_dict() for name, memory in self._weights.items()}
         return {**super().state_dict(), "weights": {"memory": memory, "scales": dict(self._scales)}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See the class."""
-        own = state_dict["weights"]
-        self._scales = dict(own["scales"])
-        for name, values in own["memory"].items():
+    def _take(self, own: dict[str, Any]) -> None:
+        self._scales, self._weights = own["weights"]["scales"], {}
+        for name, values in own["weights"]["memory"].items():
             self._weights[name] = Memory(self.config.autoflex())
             self._weights[name].estimate.load_state_dict(values)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "weights"})
+        super()._take(own)
 
     def _apply_state(self) -> None:
         super()._apply_state()

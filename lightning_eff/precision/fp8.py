@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from lightning_eff.checks import Choice, check
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.precision.base import QuantizedPrecisionMixin
 from lightning_eff.precision.config import FP8Config, OnNonFinite, Products, Scaling, options_from, variant_of
@@ -68,6 +69,7 @@ class FP8Mixin(QuantizedPrecisionMixin):
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         options = options_from(locals())
+        check("scaling", scaling, Choice(*VARIANTS))  # a graft may leave it out
         super().__init__()
         self._eff_init(**options)
 

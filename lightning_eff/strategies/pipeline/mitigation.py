@@ -76,7 +76,7 @@ def parse_mitigation(text: str, *, horizon: float | None, gamma: float, stash: b
         if part not in PARTS:
             raise ConfigurationError(
                 f"mitigation={shown(text)} is not allowed: {shown(part)} is none of {', '.join(PARTS)}."
-                f"{nearest(part[:80], PARTS)} "
+                f"{nearest(part, PARTS)} "
                 "Join parts with '+', as in 'lwp+sc'."
             )
     if len(set(parts) & _ALTERNATIVES) > 1 or ("none" in parts and len(parts) > 1) or len(set(parts)) < len(parts):
