@@ -148,7 +148,7 @@ def dfp_add(codes_a: Tensor, exponent_a: int, codes_b: Tensor, exponent_b: int) 
 
 
 def _check_chain(chain: int) -> None:
-    check("chain", chain, Whole(1, MAX_CHAIN))
+    chain = check("chain", chain, Whole(1, MAX_CHAIN))
 
 
 def int32_overflows(a: Tensor, b: Tensor, *, chain: int) -> int:

@@ -29,13 +29,19 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_eff.checks import Choice, Maybe, Whole, check
+from lightning_eff.checks import Choice, Maybe, Rule, Whole, check, checked
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.random import draw_seed, uniform
 
 Special = Literal["none", "fn", "ieee"]
 Rounding = Literal["nearest", "stochastic"]
 Infinity = Literal["propagate", "saturate"]
+_RULES: dict[str, Rule] = {
+    "exponent_bits": Whole(0, 7),
+    "mantissa_bits": Whole(0, 7),
+    "bias": Maybe(Whole(-1000, 1000)),
+    "special": Choice(*get_args(Special)),
+}
 ROUNDING, INFINITY = Choice(*get_args(Rounding)), Choice(*get_args(Infinity))
 _WIDE = (torch.float32, torch.float64)
 
@@ -68,14 +74,13 @@ class FloatFormat:
     special: Special = "none"
 
     def __post_init__(self) -> None:
-        e = check("exponent_bits", self.exponent_bits, Whole(0, 7))
-        m = check("mantissa_bits", self.mantissa_bits, Whole(0, 7))
+        for name, value in checked(_RULES, self.__dict__).items():
+            object.__setattr__(self, name, value)
+        e, m = self.exponent_bits, self.mantissa_bits
         if not 1 <= e + m <= 7:
             raise ConfigurationError(
                 f"exponent_bits={e!r}, mantissa_bits={m!r} is not allowed; with the sign they must make 2 to 8 bits."
             )
-        check("special", self.special, Choice(*get_args(Special)))
-        check("bias", self.bias, Maybe(Whole(-1000, 1000)))
         if (self.special == "fn" and (e < 1 or e + m < 2)) or (self.special == "ieee" and (e < 2 or m < 1)):
             raise ConfigurationError(f"E{e}M{m} has too few bits for special={self.special!r}; use special='none'.")
         if self.bias is None:

@@ -96,8 +96,8 @@ def _phi(z: float) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2.0))
 
 
-def _check_sigma(sigma: float) -> None:
-    check("sigma", sigma, DEVIATION)
+def _deviation(sigma: float) -> float:
+    return float(check("sigma", sigma, DEVIATION))
 
 
 def sparsity_of(a: float, sigma: float) -> float:
@@ -113,7 +113,7 @@ def sparsity_of(a: float, sigma: float) -> float:
         >>> round(sparsity_of(10.687, 1.0), 4)
         0.85
     """
-    _check_sigma(sigma)
+    sigma = _deviation(sigma)
     if a <= 0:
         return 0.0
     if sigma == 0:
@@ -137,8 +137,8 @@ def threshold_for(sparsity: float, sigma: float) -> float:
         >>> round(threshold_for(0.9, 2.0), 3)
         47.657
     """
-    _check_sigma(sigma)
-    check("sparsity", sparsity, Real(high=1, below=True))  # unbiased pruning leaves some
+    sigma = _deviation(sigma)
+    sparsity = check("sparsity", sparsity, Real(high=1, below=True))  # unbiased pruning leaves some
     if sparsity <= 0:
         return 0.0
     if sigma == 0:
@@ -201,7 +201,7 @@ def cosine_similarity_of(a: float, sigma: float) -> float:
         >>> round(cosine_similarity_of(threshold_for(0.85, 1.0), 1.0), 4)
         0.6279
     """
-    _check_sigma(sigma)
+    sigma = _deviation(sigma)
     if a <= 0:
         return 1.0
     if sigma == 0:
@@ -231,9 +231,9 @@ def relative_error(exponent_bits: int, mantissa_bits: int, sigma2: float) -> flo
         >>> round(relative_error(4, 3, 3.0), 4)
         0.0277
     """
-    check("exponent_bits", exponent_bits, Whole(0, 10))
-    check("mantissa_bits", mantissa_bits, Whole(0, 52))
-    check("sigma2", sigma2, Real(0, above=True))
+    exponent_bits = check("exponent_bits", exponent_bits, Whole(0, 10))
+    mantissa_bits = check("mantissa_bits", mantissa_bits, Whole(0, 52))
+    sigma2 = check("sigma2", sigma2, Real(0, above=True))
     reach = 2.0 ** (exponent_bits - 1)
     outside = 2 * _phi(-reach / sigma2)
     credit = reach * _LN2 + (sigma2 * _LN2) ** 2 / 2 + _log_phi(-(reach / sigma2 + sigma2 * _LN2))
@@ -255,8 +255,8 @@ def best_format(bits: int, sigma2: float) -> FloatFormat:
         >>> best_format(4, 3.0), best_format(8, 3.0).exponent_bits, best_format(8, 5.0).exponent_bits
         (FloatFormat(exponent_bits=3, mantissa_bits=0, bias=3, special='none'), 4, 5)
     """
-    check("bits", bits, BITS)
-    _check_sigma(sigma2)
+    bits = check("bits", bits, BITS)
+    sigma2 = _deviation(sigma2)
     if sigma2 == 0:
         return FloatFormat(0, bits - 1)
     exponent_bits = min(range(bits), key=lambda e: relative_error(e, bits - 1 - e, sigma2))

@@ -56,7 +56,7 @@ def luq_scale(max_abs: Tensor, *, levels: int = 7, power_of_two: bool = False) -
     Raises:
         ConfigurationError: ``levels`` out of range.
     """
-    check("levels", levels, LEVELS)
+    levels = check("levels", levels, LEVELS)
     alpha = (max_abs.to(torch.float32) * 2.0 ** (1 - levels)).clamp(min=TINY)
     if power_of_two:
         mantissa, exponent = torch.frexp(alpha)
@@ -102,7 +102,7 @@ def luq_codes(
         >>> codes.tolist(), alpha.item()
         ([64, -8, 0], 1.0)
     """
-    check("rounding", rounding, ROUNDING)
+    rounding = check("rounding", rounding, ROUNDING)
     x = x.detach().to(torch.float32)
     if max_abs is None:
         max_abs = x.abs().max() if x.numel() else x.new_zeros(())
@@ -177,7 +177,7 @@ def smp_quantize(x: Tensor, *, samples: int, levels: int = 7, seed: int | None =
     Raises:
         ConfigurationError: ``samples`` is not in 1 .. 64.
     """
-    check("samples", samples, SAMPLES)
+    samples = check("samples", samples, SAMPLES)
     seed = draw_seed() if seed is None else seed
     return torch.stack([luq_quantize(x, levels=levels, seed=seed + i) for i in range(samples)]).mean(0)
 

@@ -49,7 +49,7 @@ def balance(costs: Sequence[float], parts: int, *, together: Sequence[tuple[int,
 
 def _allowed_cuts(num_items: int, parts: int, together: Sequence[tuple[int, int]]) -> list[int]:
     """Where a group may begin or end: 0, the allowed cuts, n."""
-    check("parts", parts, Whole(1))
+    parts = check("parts", parts, Whole(1))
     if parts > num_items:
         raise ConfigurationError(f"parts={parts!r} is not allowed for {num_items} items; no group may be empty.")
     for first, last in together:

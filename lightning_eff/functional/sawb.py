@@ -49,7 +49,7 @@ FLAT = 0.87
 
 def _check(bits: int, unsigned: Unsigned) -> tuple[float, float]:
     kind = check("unsigned", unsigned, UNSIGNED) or "signed"
-    check("bits", bits, Choice(*sorted(COEFFICIENTS[kind])))  # others have no coefficients
+    bits = check("bits", bits, Choice(*sorted(COEFFICIENTS[kind])))  # others have no coefficients
     return COEFFICIENTS[kind][bits]
 
 

@@ -129,9 +129,9 @@ def dynamics(delay: int, momentum: float, mitigation: Mitigation = "none") -> Dy
         >>> dynamics(2, 0.5, "sc")
         Dynamics(free=(1.0, -0.5, 0.0, 0.0), driven=(1.75, -0.75))
     """
-    check("mitigation", mitigation, Choice(*get_args(Mitigation)))
-    check("delay", delay, DELAY)
-    check("momentum", momentum, Real(0, 1, below=True))
+    mitigation = check("mitigation", mitigation, Choice(*get_args(Mitigation)))
+    delay = check("delay", delay, DELAY)
+    momentum = check("momentum", momentum, Real(0, 1, below=True))
     if mitigation == "shifted":
         return shifted_dynamics(delay, momentum)
     spike = 1 if mitigation == "nesterov" else delay if mitigation.endswith("sc") else 0
@@ -199,7 +199,7 @@ def max_stable_lr(curvature: float, delay: int, momentum: float, *, mitigation: 
         >>> round(max_stable_lr(2.0, 0, 0.9), 9), round(max_stable_lr(2.0, 1, 0.9), 9)
         (1.9, 0.05)
     """
-    check("curvature", curvature, Real(0, above=True))
+    curvature = check("curvature", curvature, Real(0, above=True))
     return _first_crossing(dynamics(delay, momentum, mitigation)) / curvature
 
 
@@ -290,7 +290,7 @@ def best_half_life(condition_number: float, delay: int, method: Mitigation = "no
         >>> [round(best_half_life(100, 1, method).half_life) for method in ("none", "sc", "lwp+sc")]
         [70, 26, 14]
     """
-    check("condition_number", condition_number, Real(1))
+    condition_number = check("condition_number", condition_number, Real(1))
     # Momenta are tried by the logarithm of 1 - m; at the optimum without delay it is -1.2 decades for kappa = 1000.
     decades, width = torch.linspace(0, 4, 25).tolist(), 4 / 24
     best = Optimum(math.inf, 0.0, 0.0)
@@ -349,8 +349,8 @@ def top_curvature(
         >>> round(top_curvature(lambda w: curvatures * w, torch.ones(3, dtype=torch.float64)), 2)
         5.0
     """
-    check("iterations", iterations, Whole(1))
-    check("tolerance", tolerance, Real(0))
+    iterations = check("iterations", iterations, Whole(1))
+    tolerance = check("tolerance", tolerance, Real(0))
     weights = weights.detach()
     length = torch.finfo(weights.dtype).eps ** (1 / 3) * (float(weights.norm()) or 1.0)
 

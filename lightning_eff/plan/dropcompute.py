@@ -144,15 +144,17 @@ def plan_row(
     Raises:
         ConfigurationError: an argument is not allowed.
     """
-    _check_positive(workers=workers, steps=steps, window_steps=window_steps, repetitions=repetitions)
-    check("seed", seed, Whole(0, 2**62))
+    workers, steps = check("workers", workers, Whole(1)), check("steps", steps, Whole(1))
+    window_steps = check("window_steps", window_steps, Whole(1))
+    repetitions = check("repetitions", repetitions, Whole(1, 10_000))
+    seed = check("seed", seed, Whole(0, 2**62))
     cells = window_steps * workers * source.micro_batches
     if cells > MOST_CELLS:
         raise ConfigurationError(
             f"window_steps={window_steps} x workers={workers} x {source.micro_batches} micro-batches is a table of "
             f"{cells:,} times, more than {MOST_CELLS:,} (1 GiB). Plan for fewer workers, or with a shorter window."
         )
-    check_min_micro_batches(min_micro_batches, source.micro_batches)
+    min_micro_batches = check_min_micro_batches(min_micro_batches, source.micro_batches)
     runs = []
     for repetition in range(repetitions):
         generator = torch.Generator().manual_seed(seed + repetition)
@@ -168,11 +170,6 @@ def plan_row(
         )
         runs.append(_repetition(workers, tau, ideal_tau, ideal_speedup(*window, ideal_tau), measured))
     return _mean_row(runs)
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        check(name, value, Whole(1))
 
 
 def _repetition(workers: int, tau: float, ideal_tau: float, promised: float, measured: Sequence[Simulated]) -> Row:

@@ -101,18 +101,18 @@ def task(optimizer: str) -> Any:
     return Task()
 
 
-def fit(name: str, steps: int, *, resume: str | Path | None = None) -> Any:
-    """The Trainer after ``steps`` optimizer steps of one run, or of a run that is resumed."""
+def quiet_trainer(**options: Any) -> Any:
+    """A Trainer on the CPU that writes nothing."""
     from lightning.pytorch import Trainer
 
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(accelerator="cpu", devices=1, log_every_n_steps=1, **quiet, **options)
+
+
+def fit(name: str, steps: int, *, resume: str | Path | None = None) -> Any:
+    """The Trainer after ``steps`` optimizer steps of one run, or of a run that is resumed."""
     run = RUNS[name]
-    trainer = Trainer(accelerator="cpu", devices=1, max_steps=steps, log_every_n_steps=1, **quiet, **run.options())
+    trainer = quiet_trainer(max_steps=steps, **run.options())
     torch.manual_seed(3)
     keyword = {} if resume is None else {"ckpt_path": str(resume), "weights_only": True}
     trainer.fit(task(run.optimizer), **keyword)
