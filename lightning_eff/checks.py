@@ -366,6 +366,7 @@ def shown(given: Any) -> str:
     try:
         if getattr(given, "ndim", 0) and hasattr(given, "shape"):
             return f"<{kind} of shape {tuple(given.shape)} and dtype {given.dtype}>"
-        return " ".join(_Shown().repr(given).split())
+        text = " ".join(_Shown().repr(given).split())
+        return text if len(text) <= 200 else f"{text[:197]}..."
     except Exception:  # noqa: BLE001 - the user's objects may raise anything
         return f"<{kind}>"

@@ -8,6 +8,7 @@ are a newer version's. This part imports no torch: tensors are known by what the
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -71,7 +72,7 @@ class Record:
                 raise Missing(place.at(key).where, rule, [*given])
         place.unknown += [place.at(key).where for key in given if key not in self.keys]
         if self.also is not None and (wrong := self.also(found)):
-            raise NotAllowedError(place.where, given, wrong)
+            raise Contradiction(place.where, given, wrong)
         return found
 
 
@@ -85,6 +86,13 @@ class Missing(NotAllowedError):  # noqa: N818 - a case of NotAllowedError
     def __str__(self) -> str:
         there = ", ".join(shown(key) for key in self.present[:8]) or "nothing"
         return f"{self.where} is missing; it must be {self.allowed}. There is: {there}."
+
+
+class Contradiction(NotAllowedError):  # noqa: N818 - a case of NotAllowedError
+    """Each value may be, and not all of them together."""
+
+    def __str__(self) -> str:
+        return f"{self.where or 'the state'} contradicts itself; it must have {self.allowed}."
 
 
 @dataclass(frozen=True)
@@ -215,23 +223,43 @@ def begun(found: dict[str, Any]) -> str:
     return "a seed and calls, or no seed and no calls" if found["seed"] is None and found["calls"] else ""
 
 
-def _power_of_two(found: dict[str, Any]) -> str:
-    mantissa, _ = found["scale"].hex().split("p")
-    return "" if mantissa == "0x1.0000000000000" else "a scale that is a power of two, and its history"
+@dataclass(frozen=True)
+class PowerOfTwo:
+    """A power of two that float32 holds: what a unit of an integer format is worth."""
+
+    allowed: str = "a power of two from 2**-126 to 2**127"
+
+    def read(self, given: Any, place: Place) -> float:
+        """See :class:`~lightning_eff.checks.Rule`."""
+        number = Real(2.0**-126, 2.0**127).read(given, place)
+        if math.frexp(number)[0] != 0.5:
+            raise place.refuse(given, self)
+        return number
+
+
+def _looked_back(found: dict[str, Any]) -> str:
+    """The estimate is there from the first magnitude above zero on."""
+    seen, estimated = max(found["history"], default=0.0) > 0, found["max_abs"] is not None
+    return "" if estimated >= seen and (found["history"] or not estimated) else "a max_abs that follows from history"
+
+
+def _sums(found: dict[str, Any]) -> str:
+    """Sums over no fit are zero, and a share is one at most."""
+    nothing = not found["fits"] and found["sigma_log2"]
+    return "" if not nothing and found["zeros"] <= found["fits"] * (1 + 1e-9) else "sums over so many fits"
 
 
 HINDSIGHT = Record({"value": Real(0, FLOAT32_MAX, nan="before the first step")})
 """State of :class:`lightning_eff.functional.luq.HindsightMax`."""
-DELAYED = Record({"history": ListOf(MAGNITUDE), "max_abs": Maybe(Real(0, above=True))})
+DELAYED = Record({"history": ListOf(MAGNITUDE), "max_abs": Maybe(Real(0, above=True))}, also=_looked_back)
 """State of :class:`lightning_eff.functional.fp8.DelayedScale`."""
 AUTOFLEX = Record(
     {
-        "scale": Real(2.0**-126, 2.0**127),
+        "scale": PowerOfTwo(),
         "history": ListOf(Real(0, 2 * FLOAT32_MAX)),
         "overflows": Whole(),
         "initialised": YesNo(),
-    },
-    also=_power_of_two,
+    }
 )
 """State of :class:`lightning_eff.functional.flexpoint.Autoflex`."""
 
@@ -276,4 +304,4 @@ LAYER_OF_PRUNING = Record(
         "calls": Whole(),
     }
 )
-LAYER_OF_STATISTICS = Record({"fits": Whole(), "sigma_log2": Real(0), "zeros": Real(0)})
+LAYER_OF_STATISTICS = Record({"fits": Whole(), "sigma_log2": Real(0), "zeros": Real(0)}, also=_sums)
