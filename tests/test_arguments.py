@@ -18,6 +18,7 @@ import random
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -364,6 +365,36 @@ def test_through_yaml(cls: type[Any]) -> None:
 @every_lightning_class
 def test_much_through_yaml(cls: type[Any]) -> None:
     _yaml(cls, CALLS)
+
+
+REFUSED = {"BF16Precision": {"update": "splt"}, "LowPrecision": {"options": {"levels": 99}}}
+"""Options of LightningCLI that are refused; of other classes the timeout or the steps between two things."""
+
+
+@pytest.mark.parametrize("good", [True, False])
+@every_lightning_class
+def test_through_lightnings_command_line(
+    cls: type[Any], good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    monkeypatch.setattr("sys.argv", ["app.py"])
+    steps = [name for name in options_of(cls) if name.endswith(("_steps", "timeout_s"))][-1:]
+    wrong = REFUSED.get(cls.__name__) or dict.fromkeys(steps, -5) or {"steps": -5}
+    options = {**REQUIRED.get(cls.__name__, {}), **({} if good else wrong)}
+    thing = {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": options}
+    kind = next(kind for kind in ("precision", "strategies", "callbacks") if cls in set(public(kind)))
+    given = {"strategy": thing} if kind == "strategies" else {"plugins" if kind == "precision" else kind: [thing]}
+    quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    (tmp_path / "config.yaml").write_text(json.dumps({"trainer": {**quiet, **given}}))
+    told = contextlib.nullcontext() if good else pytest.raises((SystemExit, ValueError))  # jsonargparse wraps ours
+    with told as caught:
+        app = LightningCLI(BoringModel, run=False, args=["--config", str(tmp_path / "config.yaml")])
+        assert cls.__name__ in app.parser.dump(app.config)
+    if not good:
+        name = "levels" if cls.__name__ == "LowPrecision" else next(iter(wrong))
+        assert name in str(caught.value) + capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- the rules

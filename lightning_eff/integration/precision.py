@@ -90,7 +90,7 @@ def graft(plugin: Any, method: str, **options: Any) -> Any:
     """
     info = precision_method(method)
     shell = info.load_shell()
-    _check_names(info, shell, options)
+    check_options(method, options)
     present = method_of(plugin)
     if present is not None:
         _check_same(plugin, present, info, options)
