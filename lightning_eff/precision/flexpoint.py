@@ -39,7 +39,7 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         alpha: headroom of the prediction, a factor; the published code has 1 (one bit less, more overflows).
         beta: weight of the standard deviation of the last maxima.
         gamma: added to the prediction, in units of the last place.
-        length: optimizer steps looked back on.
+        length: optimizer steps looked back on, 1 to 1,024.
         store_results: store results of products as int16 values too; False keeps them in float32, two passes less.
         weights: ``"float32"`` keeps master weights and optimizer state in float32. ``"flex16"``: as in the paper there
             are none; weights and optimizer state are written in 16 bits after every step (emulated: their memory stays

@@ -32,8 +32,8 @@ class FP8Mixin(QuantizedPrecisionMixin):
             scale for each row that a product sums over, everything E4M3; convolutions tensorwise. ``"delayed"``: one
             scale for a tensor, from the largest magnitudes of the steps before, one pass less.
         power_of_two: round scales down to powers of two, so that scaling itself rounds nothing. Default: for rowwise.
-        history: steps delayed scaling looks back on.
-        margin: octaves of headroom of delayed scaling.
+        history: steps delayed scaling looks back on, 1 to 16,384.
+        margin: octaves of headroom of delayed scaling, -8 to 8.
         products: ``"auto"`` (FP8 units where measured faster), ``"native"`` FP8 or ``"emulated"``.
         exempt: name patterns (``"*.head"``) of layers to leave in high precision.
         exempt_first_last: leave the first and the last layer in high precision (an embedding counts as the first).

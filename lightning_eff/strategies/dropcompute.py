@@ -52,7 +52,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
     Args:
         threshold: seconds; ``inf`` never drops; ``"auto"`` measures ``warmup_steps`` steps without dropping, then takes
             the threshold with the most computed samples per second in the measured times.
-        warmup_steps: steps ``"auto"`` measures; the first few are not counted.
+        warmup_steps: steps ``"auto"`` measures, 6 to 10,000; the first few are not counted.
         max_drop_rate: what ``"auto"`` may drop at most, as a share of the measured micro-batches. The paper saw no loss
             in accuracy up to about 0.1.
         normalize: ``"computed"`` divides by the micro-batches that were computed, ``"maximum"`` by all of them, so that
@@ -68,7 +68,8 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         on_nonfinite: ``"raise"`` on every rank before a NaN or Inf gradient reaches a parameter, or ``"warn"``. With
             fp16's loss scaler, which skips such steps, nothing is checked.
         process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
-        timeout_s: seconds after which a collective that a rank does not join fails on the others, and names it (gloo).
+        timeout_s: seconds, 0.001 to 1e9, after which a collective that a rank does not join fails on the others, and
+            names it (gloo).
 
     Raises:
         ConfigurationError: an option is outside its range.

@@ -54,10 +54,10 @@ class PipelinedBPMixin(OneReplica):
             which stages after the first begin; None or ``"auto"`` for as many as there are processes.
         mitigation: ``"lwp+sc"`` (weight prediction and spike compensation, the paper's), ``"lwp"``, ``"lwp_w"``,
             ``"sc"``, ``"stash"``, ``"spectrain"``, ``"shrink"``, ``"none"``, or some joined with ``+``.
-        horizon: multiple of a stage's delay that prediction and compensation are for; default 1, 2 over-compensates.
+        horizon: multiple of a stage's delay that prediction and compensation are for, 0 to 1000; default 1.
         micro_batch_size: samples per update; splits the training loader's batches. None keeps them.
         stash: backward with the weights of the forward pass (a copy of them for every sample in flight).
-        in_flight: samples by which a stage runs ahead of the next; 2 is the paper's schedule, 1 halves delays and
+        in_flight: samples a stage runs ahead of the next by, 1 to 64; 2 is the paper's schedule, 1 halves delays and
             activations but waits for every message.
         shrink_factor: gamma of ``"shrink"``, by which gradients shrink for every update they are late.
         curvature: largest eigenvalue of the loss's Hessian, for a warning if training cannot be stable; ``"measure"``
@@ -65,7 +65,7 @@ class PipelinedBPMixin(OneReplica):
         on_nonfinite: ``"raise"`` before a NaN or Inf gradient reaches a parameter, or ``"warn"``.
         schedule_picture: save a picture of the schedule beside the logs, or in ``default_root_dir``.
         process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
-        timeout_s: seconds after which a message that does not come is an error.
+        timeout_s: seconds, 0.001 to 1e9, after which a message that does not come is an error.
 
     Raises:
         ConfigurationError: an option is outside its range, or the model has no such stack.

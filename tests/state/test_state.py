@@ -23,8 +23,9 @@ from lightning_eff.functional.flexpoint import Autoflex
 from lightning_eff.functional.lognormal import FittedFormat
 from lightning_eff.methods import METHODS
 from lightning_eff.optim import bf16_updates
+from lightning_eff.precision import FP8Precision
 from tests.harness import run_ranks
-from tests.state.runs import DATA, RUNS, cut_of, fit
+from tests.state.runs import DATA, RUNS, cut_of, fit, task
 
 every_run = pytest.mark.parametrize("name", RUNS)
 
@@ -273,7 +274,49 @@ def test_the_error_names_method_key_found_expected_and_what_to_do() -> None:
     assert isinstance(caught.value, EffError | RuntimeError)
 
 
-# -------------------------------------------------------------------------------------------------------- with a Trainer
+# ------------------------------------------------------------------------------------------------------ with a Trainer
+
+
+def converted(name: str) -> Any:
+    """The plugin of a run, its model converted."""
+    (plugin,) = RUNS[name].options()["plugins"]
+    plugin.convert_module(task("sgd"))
+    return plugin
+
+
+def test_layers_that_were_renamed_are_named() -> None:
+    state = state_of("luq4")
+    state["memory"] = {"body.2": state["memory"]["net.2"]}
+    with pytest.warns(
+        EffWarning, match=r"remembers nothing of 1 layers: net\.2\. It remembers others.*body\.2.*not exact"
+    ):
+        converted("luq4").load_state_dict(state)
+
+
+def test_another_variant_of_a_method_goes_on() -> None:
+    """From fp8 to fp8-delayed there is nothing to remember yet; back again, what was remembered is left out."""
+    with pytest.warns(EffWarning, match=r"fp8-delayed: the checkpoint remembers nothing of 1 layers"):
+        converted("fp8-delayed").load_state_dict({"phase": "quantized"})
+    plugin = FP8Precision()
+    plugin.load_state_dict(state_of("fp8-delayed"))
+    assert plugin.state_dict() == {"phase": "quantized"}
+
+
+def test_keys_of_a_subclass_are_its_own() -> None:
+    class Mine(FP8Precision):  # type: ignore[misc,valid-type]
+        def state_dict(self) -> dict[str, Any]:
+            return {**super().state_dict(), "mine": 3}
+
+    Mine().load_state_dict(Mine().state_dict())
+
+
+def test_another_number_of_ranks_is_said() -> None:
+    state = state_of("gradient_pruning")
+    state["ranks"] = state["ranks"] * 3
+    load, tell = loader_of("gradient_pruning")
+    with pytest.warns(EffWarning, match="is of 3 ranks, this run has 1.*not exact"):
+        load(state)
+    assert tell()["ranks"] == state["ranks"][:1]
 
 
 def _resume(rank: int, world: int, name: str, path: str, steps: int, again: str) -> dict[str, Any]:
