@@ -29,8 +29,11 @@ def planned(plan: list[list[int]], **options: Any) -> Any:
     class Planned(DropComputeStrategy):  # type: ignore[misc,valid-type]
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             count = plan[self.global_rank][self._steps]
-            self.threshold_s = math.inf if self._window.offered < count else 0.0
-            return super().training_step(*args, **kwargs)
+            self.threshold_s = math.inf if self._window.offered < count else -1.0
+            try:
+                return super().training_step(*args, **kwargs)
+            finally:
+                self.threshold_s = 1.0  # what is saved; no run could have the other
 
     return Planned(threshold=1.0, process_group_backend="gloo", **options)
 
