@@ -31,8 +31,11 @@ def read_updates(state: Any, groups: Sequence[dict[str, Any]], update: str) -> d
     Raises:
         CheckpointError: a number, a dtype or a shape is not what this module writes.
     """
-    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
-        raise damaged("bf16_updates", "it is no state_dict of an optimizer.", remove=_REMOVE)
+    whole = isinstance(state, Mapping) and isinstance(state.get("state"), Mapping)
+    if not whole or not _are_groups(state.get("param_groups")):
+        raise damaged(
+            f"bf16-{update}", "it is no state_dict of an optimizer.", remove="checkpoint['optimizer_states'] = []"
+        )
     numbers = None
     if SCALARS in state:
         numbers = read_state(UPDATES, state[SCALARS], of=f"bf16-{update}", remove=_REMOVE)
@@ -40,15 +43,20 @@ def read_updates(state: Any, groups: Sequence[dict[str, Any]], update: str) -> d
     for key, dtype in KEPT.values():
         for index, own in state["state"].items():
             if isinstance(own, Mapping) and key in own:
-                _check_kept(own[key], every, index, f"state[{index!r}][{key!r}]", dtype, update)
+                _check_kept(own[key], every, index, key, dtype, update)
     if numbers is not None and numbers["update"] == update and numbers["steps"]:
         _warn_of_missing(state["state"], every, update)
     return numbers
 
 
-def _check_kept(kept: Any, every: Sequence[Tensor], index: Any, where: str, dtype: torch.dtype, update: str) -> None:
+def _are_groups(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in given)
+
+
+def _check_kept(kept: Any, every: Sequence[Tensor], index: Any, key: str, dtype: torch.dtype, update: str) -> None:
+    where = f"state[{index!r}][{key!r}]"
     rule = TensorOf(str(dtype).removeprefix("torch."))
-    remove = f"{_REMOVE} (and the key named above in each of their states)"
+    remove = f"[own.pop({key!r}, None) for state in checkpoint['optimizer_states'] for own in state['state'].values()]"
     try:
         rule.read(kept, Place(where))
     except NotAllowedError as error:
