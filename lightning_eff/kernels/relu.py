@@ -24,12 +24,16 @@ def packs(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in TYPES and library() is not None and _dense(x)
 
 
-def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``relu(x)``, strides kept, and a bit per element (uint8, in memory order) where the gradient passes."""
+def relu_mask(x: Tensor, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``relu(x)``, strides kept, and a bit per element (uint8, in memory order) where the gradient passes.
+
+    ``out`` is ``x`` itself to do it in place; default: a new tensor.
+    """
     kernels = library()
     if kernels is None:
         raise RuntimeError("internal error: relu_mask without compiled kernels")
-    y, mask = torch.empty_like(x), torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    y = torch.empty_like(x) if out is None else out
+    mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
     threads = torch.get_num_threads()
     kernels.eff_relu(x.data_ptr(), TYPES[x.dtype], x.numel(), y.data_ptr(), mask.data_ptr(), threads)
     return y, mask

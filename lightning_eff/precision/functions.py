@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for, suggest_memory_format
 
 from lightning_eff.errors import UnsupportedLayerError
 from lightning_eff.functional.formats import Codes
@@ -162,10 +164,27 @@ def _to_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 4, 1).contiguous()
 
 
-def _to_first(x: Tensor, dims: int) -> Tensor:
-    """(N, D, H, W, C) -> (N, C, *space) with ``dims`` spatial axes, a view with channels-last strides."""
-    x = x.permute(0, 4, 1, 2, 3)
-    return x.reshape(*x.shape[:2], *x.shape[5 - dims :])
+def to_first(x: Tensor, space: Sequence[int], *, channels_last: bool) -> Tensor:
+    """Contiguous (N, ..., C) -> (N, C, *space) with the strides torch gives a new tensor of that memory format."""
+    x = x.view(x.shape[0], *space, x.shape[-1]).movedim(-1, 1)
+    if channels_last:
+        return x
+    x = x.contiguous()
+    return x.as_strided(x.shape, make_contiguous_strides_for(x.shape))  # axes of size one have strides of their own
+
+
+def channels_last_result(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+    """Whether torch's convolution of these tensors, and its gradients, are channels-last; else they are contiguous."""
+    dims = x.dim() - 2
+    if dims == 1:
+        return False
+    if torch.compiler.is_compiling():
+        return any(suggest_memory_format(t) is not torch.contiguous_format for t in (x, weight))
+    stride, padding, dilation = geometry.along(3 - dims)
+    sizes = None if bias is None else [bias.numel()]
+    shape = (stride, padding, dilation, False, (0,) * dims, geometry.groups)
+    backend = torch._C._select_conv_backend(x, weight, bias, *shape, sizes)
+    return torch._C._conv_determine_backend_memory_format(x, weight, backend) is not torch.contiguous_format
 
 
 def encode_kernel(weight: Tensor, state: LayerState) -> Codes:
@@ -181,16 +200,20 @@ def conv_forward_last(
     geometry: Geometry,
     *,
     save: bool,
+    channels_last: bool,
     share: bool = True,
 ) -> tuple[Tensor, SavedInput | None, Codes]:
-    """``x`` (N, C, *space), ``weight`` (O, C / groups, *kernel) -> output, what backward needs, weight codes."""
+    """``x`` (N, C, *space), ``weight`` (O, C / groups, *kernel) -> output, what backward needs, weight codes.
+
+    ``channels_last`` is the memory format of the output, see :func:`channels_last_result`.
+    """
     dtype = _result_dtype(x)
     with _no_autocast(x):
         codes, saved = state.encode_input(x, _to_last, save=save, share=share)
         kernel = encode_kernel(weight, state)
         y = conv_forward(codes, kernel, geometry, native=state.native(x.device), bias=bias, dtype=dtype)
         y = state.store(y, "output")
-    return _to_first(y, x.dim() - 2), saved, kernel
+    return to_first(y, y.shape[6 - x.dim() : -1], channels_last=channels_last), saved, kernel
 
 
 def conv_backward_last(
@@ -204,8 +227,10 @@ def conv_backward_last(
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
+    *,
+    channels_last: bool,
 ) -> Grads:
-    """Gradients of input, weight and bias; ``None`` where not needed."""
+    """Gradients of input, weight and bias; ``None`` where not needed. ``channels_last`` as in the forward."""
     native, last = state.native(grad.device), _to_last(grad)
     space: Triple = (*(1,) * (5 - len(x_shape)), *x_shape[2:])  # type: ignore[assignment]
     dx = dw = None
@@ -213,14 +238,15 @@ def conv_backward_last(
         codes = state.encode_grad(last)
     if needs[0]:
         dx = conv_input_grad(codes.to_input, kernel, geometry, space, native=native, dtype=x_dtype)
-        dx = _to_first(state.store(dx, "input_grad"), len(x_shape) - 2)
+        dx = to_first(state.store(dx, "input_grad"), x_shape[2:], channels_last=channels_last)
     if needs[1] and saved is not None:
         x = state.restore_input(saved, (x_shape[0], *space, x_shape[1]))
         samples = codes.to_weight
         parts = [
             conv_weight_grad(s, x, geometry, native=native, factor=1 / len(samples), dtype=w_dtype) for s in samples
         ]
-        dw = state.store(functools.reduce(Tensor.add_, parts), "weight_grad").transpose(1, 2).reshape(weight_shape)
+        dw = state.store(functools.reduce(Tensor.add_, parts), "weight_grad")
+        dw = to_first(dw, weight_shape[2:], channels_last=channels_last)
     db = last.flatten(0, 3).sum(0, dtype=torch.float32).to(w_dtype) if needs[2] else None
     return dx, dw, db
 
@@ -234,7 +260,10 @@ class ConvFunction(torch.autograd.Function):
     ) -> Tensor:
         """See :func:`conv_forward_last`; ``train`` is whether gradients are being recorded."""
         save = train and weight.requires_grad
-        y, saved, ctx.codes = conv_forward_last(x, weight, bias, state, geometry, save=save)
+        ctx.channels_last = channels_last_result(x, weight, bias, geometry)
+        y, saved, ctx.codes = conv_forward_last(
+            x, weight, bias, state, geometry, save=save, channels_last=ctx.channels_last
+        )
         ctx.state, ctx.geometry, ctx.rest = state, geometry, (x.shape, weight.shape, x.dtype, weight.dtype)
         ctx.save_for_backward(*(saved or ()))
         return _owned(y)
@@ -248,8 +277,10 @@ class ConvFunction(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):
             x_shape, w_shape, x_dtype, w_dtype = ctx.rest
+            shapes, dtypes = (x_shape, w_shape), (x_dtype, w_dtype)
             grads = conv_backward_last(
-                grad, saved, ctx.codes, ctx.state, ctx.geometry, x_shape, w_shape, x_dtype, w_dtype, needs
+                *(grad, saved, ctx.codes, ctx.state, ctx.geometry, *shapes, *dtypes, needs),
+                channels_last=ctx.channels_last,
             )
         return *grads, None, None, None
 
@@ -264,6 +295,7 @@ def quantized_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerS
             bias,
             state.handle,
             numbers,
+            channels_last_result(x, weight, bias, geometry),
             _result_dtype(x),
             state.format.nibbles,
             state.format.saved_scales(None),
