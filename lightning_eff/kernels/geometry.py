@@ -92,7 +92,7 @@ def _axes(geometry: Geometry, depth: int) -> int:
 
 def _arithmetic(codes: Tensor) -> torch.dtype:
     """FP8 values are exact in bfloat16, integer codes in float32."""
-    return torch.bfloat16 if codes.is_floating_point() else torch.float32
+    return torch.bfloat16 if codes.is_floating_point() and codes.dtype is not torch.float32 else torch.float32
 
 
 def _image(codes: Tensor, axes: int) -> Tensor:

@@ -62,7 +62,7 @@ def _attend(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
     flags = (need_weights, attn_mask, average_attn_weights, is_causal)
-    state = active_state(module)
+    state = active_state(module, query, key, value)
     if state is not None and _is_fused_nested(query, key, value, key_padding_mask, attn_mask):
         return _attend_nested(module, query, *flags)
     nested = query.is_nested or key.is_nested or value.is_nested
@@ -73,6 +73,7 @@ def _attend(
     if state is None or not takes_it or (is_causal and attn_mask is None):  # torch wants a mask and says so
         plain = plain_of(module)
         return plain.forward(module, query, key, value, key_padding_mask, *flags)  # type: ignore[no-any-return]
+    fused = _is_fused(module, query, key, value)
     batched = F._mha_shape_check(  # type: ignore[attr-defined]
         query, key, value, key_padding_mask, attn_mask, module.num_heads
     )
@@ -98,7 +99,7 @@ def _attend(
     if not batched:
         return out.squeeze(1), None if weights is None else weights.squeeze(0)
     out = out.transpose(0, 1) if module.batch_first else out
-    return out if torch.is_grad_enabled() else out.contiguous(), weights  # torch's fused inference path is contiguous
+    return out.contiguous() if fused else out, weights
 
 
 def _takes(module: Any, state: LayerState, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -160,6 +161,13 @@ def _scores(
     weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
     weights = F.dropout(weights, dropout) if dropout > 0 else weights
     return weights @ v, weights
+
+
+def _is_fused(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch would take its fused inference path, whose result is contiguous."""
+    plain = not (module.training or torch.is_grad_enabled() or torch.is_autocast_enabled(query.device.type))
+    fits = query is key and key is value and module.in_proj_bias is not None and module.num_heads % 2 == 0
+    return plain and fits and module._qkv_same_embed_dim and torch.backends.mha.get_fastpath_enabled()
 
 
 def _is_fused_nested(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> bool:

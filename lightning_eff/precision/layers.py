@@ -82,7 +82,7 @@ class HFConv1DTwin(Twin):
 
 
 def _linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    state = active_state(module)
+    state = active_state(module, x)
     if state is None:
         return plain_of(module).forward(module, x)  # type: ignore[no-any-return]
     if x.is_nested and x.size(-1) == weight.shape[1] and getattr(x, "_ragged_idx", 1) == 1:
@@ -127,7 +127,7 @@ class ConvTwin(Twin, _ConvNd):
 
 
 def _convolve(module: _ConvNd, x: Tensor) -> Tensor:
-    state = active_state(module)
+    state = active_state(module, x)
     if state is not None and has_torch_function_unary(x):
         return handle_torch_function(_convolve, (x,), module, x)  # type: ignore[no-any-return]
     if state is None or not takes(state, x, module.weight, module.bias) or not _fits(module, x):

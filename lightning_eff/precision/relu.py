@@ -60,6 +60,6 @@ class ReLUTwin(Twin):
 
 def _packs_now(x: Tensor) -> bool:
     """Whether gradients are recorded, and the tensor is one whose memory can be written bit by bit."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (torch.is_grad_enabled() and x.requires_grad):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
         return False
-    return not unquantised(x, x) and type(x) in (Tensor, nn.Parameter) and packs(x)
+    return torch.is_grad_enabled() and x.requires_grad and not unquantised(x, x) and packs(x)

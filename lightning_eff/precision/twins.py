@@ -73,12 +73,12 @@ def plain_of(module: nn.Module) -> type[Any]:
     return plain
 
 
-def active_state(module: nn.Module) -> LayerState | None:
-    """The state of a converted module; None where the plain forward is to run whatever the input.
+def active_state(module: nn.Module, *inputs: object) -> LayerState | None:
+    """The state of a converted module; None where the plain forward is to run: it knows what to do with no tensor.
 
     Traced and exported programs are taken out of the run: they hold the plain layers.
     """
-    if torch.jit.is_tracing() or _is_exporting():
+    if torch.jit.is_tracing() or _is_exporting() or not all(isinstance(x, Tensor) for x in inputs):
         return None
     return module.__dict__.get(STATE)
 
