@@ -22,7 +22,13 @@ FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
-_PROBE = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+_PROBE = """
+import ctypes, sys
+try:
+    ctypes.CDLL(sys.argv[1])
+except OSError as error:
+    sys.exit(str(error))
+"""
 _PROBE_LIMIT_S = 60.0
 
 
