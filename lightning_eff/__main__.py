@@ -84,7 +84,8 @@ def doctor(console: Console) -> None:
     for root, state in status().items():
         table.add_row(f"strings in {root}", state)
     for what, state in importlib.import_module("lightning_eff.kernels").describe().items():
-        table.add_row(what, Text(state))  # a folder's name is no markup
+        # The name of a folder is no markup and perhaps no text.
+        table.add_row(what, Text(state.encode(errors="backslashreplace").decode()))
     console.print(table)
 
 
