@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_eff.kernels import build, cache, capability
+from tests.harness import keep_globals
 
 NATIVE = {"native": True, "exact": True, "native_s": 1.0, "plain_s": 2.0}
 PLAIN = {"native": False, "exact": True, "native_s": 2.0, "plain_s": 1.0}
@@ -270,6 +271,15 @@ def test_measured_figures() -> None:
     assert found["native_s"] > 0
     assert found["plain_s"] > 0
     assert found["native"] == (found["exact"] and found["native_s"] < found["plain_s"])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16"])
+def test_measuring_does_not_depend_on_where_it_is_done(kind: str) -> None:
+    """The first use is inside a training step, in whatever Lightning and the user have switched on."""
+    with keep_globals(), torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        torch.set_default_dtype(torch.bfloat16)
+        torch.use_deterministic_algorithms(True)
+        assert capability._measure(kind, CPU)["exact"] is True
 
 
 def test_wrong_sums_are_never_native(monkeypatch: pytest.MonkeyPatch) -> None:
