@@ -6,16 +6,13 @@ import errno
 import os
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from lightning_eff.errors import FallbackWarning
-from lightning_eff.kernels import build, cache, compiler
+from lightning_eff.kernels import build, cache
+from tests.kernels.building import copying, environment, forget, started, times_compiled
 
 # Prints sums that any difference in a code, a scale or a product would change, and the warnings' categories.
 PROGRAM = """
@@ -45,75 +42,6 @@ with warnings.catch_warnings(record=True) as seen:
 print("compiled", library() is not None)
 print("warnings", [w.category.__name__ for w in seen if "quantisers" in str(w.message)])
 """
-
-
-def environment(folder: Path, **changes: str) -> dict[str, str]:
-    root = str(Path(build.__file__).parents[2])
-    inherited = {name: value for name, value in os.environ.items() if name not in ("LIGHTNING_EFF_KERNELS", "CXX")}
-    return {**inherited, "LIGHTNING_EFF_CACHE": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": root, **changes}
-
-
-kernels_only = pytest.mark.skipif(build.library() is None, reason="no compiled kernels here")
-
-
-@pytest.fixture(scope="module")
-def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library this test run uses: compiling takes too long to do it in every test."""
-    folder = build.obtained().folder
-    if folder is None:
-        pytest.skip("no compiled kernels here")
-    data = cache.read_trusted(folder / f"kernels-{build._build_key()}.so")
-    path = tmp_path_factory.mktemp("prebuilt") / "prebuilt.so"
-    path.write_bytes(data)
-    return path
-
-
-def script(path: Path, text: str) -> Path:
-    """A program to name as the compiler; it runs for every start of the compiler with ``$target`` as the result."""
-    path.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ntarget="$2"\n{text}\n')
-    path.chmod(0o755)
-    return path
-
-
-def forget() -> None:
-    """What another process would not know."""
-    for function in (build.obtained, build.library, build._build_key, build.machine_key):
-        function.cache_clear()
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache and an empty folder of temporary files, as new processes find them."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setenv("LIGHTNING_EFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("LIGHTNING_EFF_KERNELS", raising=False)
-    monkeypatch.delenv("CXX", raising=False)
-    forget()
-    yield tmp_path / "cache"
-    monkeypatch.undo()
-    forget()
-
-
-def started() -> tuple[bool, str]:
-    """Whether a new process gets the kernels, and what it is told: one FallbackWarning at most, nothing else."""
-    forget()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        found = build.library() is not None
-        assert (build.library() is not None) == found
-    assert [warning.category for warning in seen] in ([], [FallbackWarning])
-    return found, " ".join(str(warning.message) for warning in seen)
-
-
-def copying(tmp_path: Path, prebuilt: Path, text: str = "") -> Path:
-    """A compiler that notes that it was started and copies the library."""
-    return script(tmp_path / "copying-c++", f'echo started >> {tmp_path}/log\n{text}\ncp {prebuilt} "$target"')
-
-
-def times_compiled(tmp_path: Path) -> int:
-    log = tmp_path / "log"
-    return len(log.read_text().splitlines()) if log.exists() else 0
 
 
 def run(env: dict[str, str]) -> list[str]:
@@ -179,151 +107,6 @@ def test_a_library_cut_short_is_built_anew_and_kills_nobody(tmp_path: Path, preb
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=110, check=False)
     assert (done.returncode, done.stdout.count("withstood")) == (0, 7), (done.stdout, done.stderr)
     assert times_compiled(tmp_path) == 7  # once, and for every damage but the first, which is none
-
-
-HALF = "lightning_eff was asked to load half a library"
-
-
-def test_a_compiler_that_makes_half_a_library_kills_nobody(tmp_path: Path, prebuilt: Path) -> None:
-    half = tmp_path / "half.so"
-    half.write_bytes(prebuilt.read_bytes()[:4096])
-    cxx = script(tmp_path / "half-c++", f'cp {half} "$target"')
-    done = run_short(environment(tmp_path / "cache", CXX=str(cxx)))
-    assert done.returncode == 0, (done.returncode, done.stderr)
-    assert "made a library that cannot be loaded" in done.stderr
-    assert not list((tmp_path / "cache").glob("*.so*"))
-
-
-def run_short(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    code = "from lightning_eff.kernels.build import library; assert library() is None"
-    return subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=110, check=False
-    )
-
-
-# -------------------------------------------------------------------------------------- compilers of every kind
-
-
-def lacking(tmp_path: Path) -> str:
-    """Shell that makes a library without the functions."""
-    (tmp_path / "empty.cpp").write_text("int nothing_of_ours;")
-    return f'{compiler.find_compiler().command[0]} -shared {tmp_path}/empty.cpp -o "$target"'
-
-
-COMPILERS: dict[str, tuple[str | Callable[[Path], str], str]] = {
-    "prints no UTF-8": (r"printf '\377\376 \303\050 error' >&2; exit 1", "failed with status 1: .* error"),
-    "prints nothing": ("exit 3", "failed with status 3: it printed nothing"),
-    "prints a lot": ("yes error | head -c 3000000; exit 1", "failed with status 1"),
-    "crashes": ("kill -SEGV $$", "was killed by signal 11"),
-    "makes nothing": ("exit 0", "reported success and made no library"),
-    "makes an empty file": (': > "$target"', "made a library that cannot be loaded: .*file too short"),
-    "makes garbage": (
-        'echo garbage of more bytes than a header has > "$target"',
-        "made a library that cannot be loaded",
-    ),
-    "makes a folder": ('mkdir "$target"', "reported success and made no library"),
-    "lacks functions": (lacking, "made a library that cannot be loaded: a function is missing: .*eff_"),
-    "waits for input": ("cat; exit 1", "failed with status 1"),
-}
-
-
-@kernels_only
-@pytest.mark.parametrize("kind", COMPILERS)
-def test_whatever_a_compiler_does_is_told_in_one_warning(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    text, expected = COMPILERS[kind]
-    text = text if isinstance(text, str) else text(tmp_path)
-    monkeypatch.setenv("CXX", str(script(tmp_path / "my c++", text)))
-    found, said = started()
-    assert not found
-    with pytest.raises(AssertionError, match=expected):
-        raise AssertionError(said)
-    assert "LIGHTNING_EFF_KERNELS=0" in said
-    assert [path.name for path in place.iterdir()] == [cache.LOCK]
-
-
-def test_a_program_that_cannot_be_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "c++").write_bytes(b"\x7fELF and nothing more")
-    (tmp_path / "c++").chmod(0o755)
-    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
-    found, said = started()
-    assert not found
-    assert "cannot be run" in said
-
-
-def test_a_compiler_that_hangs_is_ended_with_its_children(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "LIMIT_S", 0.5)
-    monkeypatch.setenv("CXX", str(script(tmp_path / "c++", f"sleep 987 & echo $! > {tmp_path}/child; wait")))
-    start = time.monotonic()
-    found, said = started()
-    assert not found
-    assert "did not end within" in said
-    assert time.monotonic() - start < 20
-    child = int((tmp_path / "child").read_text())
-    for _ in range(100):  # the child's new parent may take a moment to bury it
-        status = Path(f"/proc/{child}/status")
-        if not status.exists() or "State:\tZ" in status.read_text():
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("the compiler's child still runs")
-
-
-def test_waiting_for_another_process_has_an_end(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "LIMIT_S", 0.2)
-    place.mkdir()
-    with cache.locked(place, time.monotonic()):
-        found, said = started()
-    assert not found
-    assert "another process has held" in said
-
-
-def test_the_words_of_cxx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("g++", "ccache", "my c++"):
-        script(tmp_path / name, "")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    found = {}
-    for given in ("", "  ", "g++ -O1", "ccache g++", f"{tmp_path}/my c++", f"'{tmp_path}/my c++' -O1", "g++"):
-        monkeypatch.setenv("CXX", given)
-        command, complaint = compiler.find_compiler()
-        assert complaint == ""
-        found[given] = [word.removeprefix(f"{tmp_path}/") for word in command]
-    assert list(found.values()) == [
-        *(["g++"], ["g++"], ["g++", "-O1"], ["ccache", "g++"], ["my c++"], ["my c++", "-O1"], ["g++"]),
-    ]
-
-
-@pytest.mark.parametrize("given", ["no-such-compiler", "no-such-compiler -O1", "g++ 'unclosed", "/", "/dev/null"])
-def test_a_compiler_that_is_not_there_is_said(
-    place: Path, tmp_path: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch, given: str
-) -> None:
-    monkeypatch.setenv("CXX", given)
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
-    found, said = started()
-    assert not found
-    assert f"CXX={given!r} names no program" in said
-    assert "No C++ compiler was found" in said
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.defpath}")
-    copying(tmp_path, prebuilt).rename(tmp_path / "bin" / "g++")
-    found, said = started()
-    assert found
-    assert f"CXX={given!r} names no program" in said
-    assert "g++ compiled them" in said
-    assert started() == (True, "")  # the kernels are there: no compiler is needed
-
-
-def test_arguments_reach_the_compiler(
-    place: Path, tmp_path: Path, prebuilt: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cxx = copying(tmp_path, prebuilt)
-    cxx.write_text(cxx.read_text().replace("#!/bin/sh", f'#!/bin/sh\necho "$1" > {tmp_path}/first'))
-    monkeypatch.setenv("CXX", f"{cxx} -O1")
-    assert started() == (True, "")
-    assert (tmp_path / "first").read_text() == "-O1\n"
 
 
 # ------------------------------------------------------------------------------------------- what is in the cache
