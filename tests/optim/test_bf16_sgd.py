@@ -75,7 +75,7 @@ def test_one_pass_has_the_bits_of_shadows(update: Any, options: dict[str, Any], 
 @every_update
 def test_the_same_bits_without_compiled_kernels(update: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = run(update, OPTIONS["nesterov"])
-    monkeypatch.setattr("lightning_eff.kernels.bf16.library", lambda: None)
+    monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
     plain, _ = run(update, OPTIONS["nesterov"])
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
