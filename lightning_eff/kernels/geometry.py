@@ -132,58 +132,56 @@ def _backward(grad: Tensor, image: Tensor, kernel: Tensor, geometry: Geometry, a
 
 
 def _in_halves(run: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """``run(a, b)``, linear in both, of codes; those of int16 in halves, whose results are added up in float64."""
+    """``run(a, b)``, linear in both, of codes; those of int16 in halves, whose results are added up in float32."""
     with without_autocast(a):
-        parts = [(p * q, run(x, y)) for p, x in halves(a) for q, y in halves(b)]
-    if len(parts) == 1:
-        return parts[0][1]
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
-    return functools.reduce(Tensor.add_, (part.to(wide).mul_(factor) for factor, part in parts))
+        upper, *others = ((p * q, run(x, y)) for p, x in halves(a) for q, y in halves(b))
+    total = upper[1] if not others else upper[1].mul_(upper[0])
+    for factor, part in others:
+        total.add_(part, alpha=factor)
+    return total
 
 
 def emulated_forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Sums of the output, (N, D', H', W', O): float32 or float64, or bfloat16 of bfloat16 values."""
+    """Sums of the output, (N, D', H', W', O): float32, or bfloat16 of bfloat16 values."""
     axes = _axes(geometry, x.shape[1])
     stride, padding, dilation = geometry.along(axes)
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
         convolve = torch.conv2d if axes else torch.conv3d
         image, kernel = _image(x, axes), _kernel(weight, geometry, axes)
-        return _codes_layout(convolve(image, kernel, None, stride, padding, dilation, geometry.groups), axes)
+        return convolve(image, kernel, None, stride, padding, dilation, geometry.groups)
 
-    return _in_halves(run, x, weight)
+    return _codes_layout(_in_halves(run, x, weight), axes)
 
 
 def emulated_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, size: Triple) -> Tensor:
     """Sums of the input gradient, (N, D, H, W, C); types as in :func:`emulated_forward`."""
     axes = _axes(geometry, size[0])
-    shape = (grad.shape[0], weight.shape[2] * geometry.groups, *size[axes:])
-    image = grad.new_empty((), dtype=_arithmetic(grad)).expand(shape)
+    shape = (grad.shape[0], *size, weight.shape[2] * geometry.groups)
+    image = _image(grad.new_empty(shape, dtype=_arithmetic(grad)), axes)  # of which torch looks at shape and strides
 
     def run(grad: Tensor, weight: Tensor) -> Tensor:
-        sums = _backward(_image(grad, axes), image, _kernel(weight, geometry, axes), geometry, axes, 0)
-        return _codes_layout(sums, axes)
+        return _backward(_image(grad, axes), image, _kernel(weight, geometry, axes), geometry, axes, 0)
 
-    return _in_halves(run, grad, weight)
+    return _codes_layout(_in_halves(run, grad, weight), axes)
 
 
 def emulated_weight_grad(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """Sums of the weight gradient, (O, T, C / groups), contiguous; types as in :func:`emulated_forward`.
 
-    Integers are added up in float64 from one group of images to the next.
+    From one group of images to the next integers are added up in float64, which is returned then.
     """
     axes = _axes(geometry, x.shape[1])
     shape = (grad.shape[-1], x.shape[-1] // geometry.groups, *geometry.kernel[axes:])
     kernel = grad.new_empty((), dtype=_arithmetic(grad)).expand(shape)
 
     def run(grad: Tensor, x: Tensor) -> Tensor:
-        sums = _backward(_image(grad, axes), _image(x, axes), kernel, geometry, axes, 1)
-        return sums.flatten(2).transpose(1, 2).contiguous()
+        return _backward(_image(grad, axes), _image(x, axes), kernel, geometry, axes, 1)
 
     images, positions = grad.shape[0], math.prod(grad.shape[1:4])
     if x.is_floating_point() or images * positions <= EXACT_TERMS:
-        return _in_halves(run, grad, x)
+        return _in_halves(run, grad, x).flatten(2).transpose(1, 2).contiguous()
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     size = max(1, EXACT_TERMS // positions)
     parts = (_in_halves(run, g, i).to(wide) for g, i in zip(grad.split(size), x.split(size), strict=True))
-    return functools.reduce(Tensor.add_, parts)
+    return functools.reduce(Tensor.add_, parts).flatten(2).transpose(1, 2).contiguous()

@@ -113,9 +113,8 @@ def halves(codes: Tensor) -> list[tuple[float, Tensor]]:
     """
     if codes.dtype != torch.int16:
         return [(1.0, codes if codes.is_floating_point() else codes.to(torch.float32))]
-    wide = codes.to(torch.float32)
-    upper = (wide / 256).round()
-    return [(256.0, upper), (1.0, wide - 256 * upper)]
+    upper = codes.to(torch.float32).mul_(1 / 256).round_()
+    return [(256.0, upper), (1.0, torch.sub(codes, upper, alpha=256))]
 
 
 def _emulated(a: Tensor, b: Tensor) -> Tensor:
