@@ -133,6 +133,8 @@ def _backward(grad: Tensor, image: Tensor, kernel: Tensor, geometry: Geometry, a
 
 def _in_halves(run: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """``run(a, b)``, linear in both, of codes; those of int16 in halves, whose results are added up in float32."""
+    if a.dtype != b.dtype and a.is_floating_point():  # sums are to stay float32
+        a, b = a.to(torch.float32), b.to(torch.float32)
     with without_autocast(a):
         upper, *others = ((p * q, run(x, y)) for p, x in halves(a) for q, y in halves(b))
     total = upper[1] if not others else upper[1].mul_(upper[0])

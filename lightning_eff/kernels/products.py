@@ -93,8 +93,8 @@ def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
     """Product of codes: exact for integers (int16 units round in float32, see :mod:`lightning_eff.kernels.int16`).
 
     Args:
-        a: (M, K) int8, int16 (shared-exponent integers, or codes beyond int8), or values: bfloat16, whose sums are
-            rounded to bfloat16, or float32.
+        a: (M, K) int8, int16 (shared-exponent integers, or codes beyond int8), or values that bfloat16 holds: sums of
+            bfloat16 are rounded to bfloat16, they stay float32 where one of the operands is float32.
         b: (K, N) likewise.
         native: use the int8 or int16 units.
 
@@ -158,10 +158,10 @@ def _product(a: Tensor, b: Tensor, native: bool) -> tuple[Tensor, bool]:
     if native and a.dtype == b.dtype == torch.int16:
         return int16_product(a, b), False
     with without_autocast(a):
-        if a.is_floating_point():
+        if a.is_floating_point() and a.dtype == b.dtype:
             return torch.mm(a, b), False
-        if a.is_cpu or small:
-            dtype = torch.float32 if small else torch.float64
+        if a.is_cpu or small or a.is_floating_point():
+            dtype = torch.float32 if small or a.is_floating_point() else torch.float64
             return torch.mm(_widened("left", a, dtype), _widened("right", b, dtype)), False
         parts = [torch.mm(x, y).to(_wide(a)).mul_(p * q) for p, x in halves(a) for q, y in halves(b)]
     return functools.reduce(Tensor.add_, parts), False
