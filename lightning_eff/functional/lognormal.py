@@ -84,7 +84,7 @@ def lognormal_fit(x: Tensor) -> LognormalFit:
 
 def _log_phi(z: float) -> float:
     """Logarithm of the normal distribution function, exact far into the tail."""
-    return float(torch.special.log_ndtr(torch.tensor(z, dtype=torch.float64)))
+    return float(torch.special.log_ndtr(torch.tensor(z, dtype=torch.float64, device="cpu")))
 
 
 def _phi(z: float) -> float:

@@ -131,7 +131,7 @@ class LayerState:
         self._register()
 
     def _register(self) -> None:
-        self.handle = torch.tensor(next(_NUMBERS))
+        self.handle = torch.tensor(next(_NUMBERS), dtype=torch.int64, device="cpu")
         _STATES[int(self.handle)] = self
 
     def __getstate__(self) -> dict[str, Any]:
