@@ -92,10 +92,13 @@ def _groups(images: int, bytes_per_image: int, at_least: int = 0) -> Iterator[sl
 def _gathers(a: Tensor, b: Tensor, native: bool, geometry: Geometry, terms: int) -> bool:
     """Whether to gather and multiply matrices: on integer units, or where torch's own convolution might round.
 
-    Grouped convolutions and those of values (FP8, bfloat16) are left to torch.
+    Grouped convolutions and those of values (FP8, bfloat16) are left to torch. But where sums of values are to stay
+    float32 torch makes matrix products of 1x1 convolutions, whose sums follow set_float32_matmul_precision.
     """
-    if geometry.groups > 1 or a.is_floating_point():
+    if geometry.groups > 1:
         return False
+    if a.is_floating_point():
+        return a.dtype != b.dtype and geometry.kernel == (1, 1, 1)
     return native or not a.dtype == b.dtype == torch.int8 or terms > EXACT_TERMS
 
 

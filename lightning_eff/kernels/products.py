@@ -8,6 +8,8 @@ widened, and the sums are the same integers:
     int8               float32                                        1024 terms
     int16, CPU         float64                                        2^23 terms
     int16, elsewhere   four products of their halves, in float32      1024 terms
+    values             bfloat16, or float64 on the CPU (float32
+                       elsewhere) where sums are to stay float32
 
 :func:`sum_of_products` is the one place where sums are made. It cuts what is longer and adds up in float64, whatever
 the codes are and whoever calls: no sum overflows, none is rounded by the type it is made in.
@@ -15,7 +17,8 @@ the codes are and whoever calls: no sum overflows, none is rounded by the type i
 None of this follows ``torch.set_float32_matmul_precision``, ``allow_tf32`` or autocast, which may make bfloat16 or TF32
 of float32 operands. Codes of eight bits, and halves of sixteen (-128..128), are exact in all of these (bfloat16 holds
 the integers up to 256), float64 is none of them, and autocast is switched off around a product. Changing the global
-setting around each product instead would race with the user's threads.
+setting around each product instead would race with the user's threads. Values fit bfloat16, too, but float32 sums of
+them would be added up in another order under another setting: hence float64.
 """
 
 from __future__ import annotations
@@ -94,7 +97,7 @@ def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
 
     Args:
         a: (M, K) int8, int16 (shared-exponent integers, or codes beyond int8), or values that bfloat16 holds: sums of
-            bfloat16 are rounded to bfloat16, they stay float32 where one of the operands is float32.
+            bfloat16 are rounded to bfloat16, but not where one of the operands is float32.
         b: (K, N) likewise.
         native: use the int8 or int16 units.
 
@@ -161,7 +164,7 @@ def _product(a: Tensor, b: Tensor, native: bool) -> tuple[Tensor, bool]:
         if a.is_floating_point() and a.dtype == b.dtype:
             return torch.mm(a, b), False
         if a.is_cpu or small or a.is_floating_point():
-            dtype = torch.float32 if small or a.is_floating_point() else torch.float64
+            dtype = torch.float64 if a.is_cpu and not small else torch.float32
             return torch.mm(_widened("left", a, dtype), _widened("right", b, dtype)), False
         parts = [torch.mm(x, y).to(_wide(a)).mul_(p * q) for p, x in halves(a) for q, y in halves(b)]
     return functools.reduce(Tensor.add_, parts), False
