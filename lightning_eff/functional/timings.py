@@ -208,8 +208,8 @@ class _Cells:
         if self.other and (without := [step for step in whole if step not in self.other]):
             raise ConfigurationError(f"{self.path}: step {without[0]} has no other_s, and other steps have one.")
         table = [[[self.seconds[i][n, m] for m in range(micro_batches)] for n in range(ranks)] for i in whole]
-        other = torch.tensor([self.other.get(step, 0.0) for step in whole], dtype=torch.float64)
-        return check_timings(torch.tensor(table, dtype=torch.float64), other)
+        other = torch.tensor([self.other.get(step, 0.0) for step in whole], dtype=torch.float64, device="cpu")
+        return check_timings(torch.tensor(table, dtype=torch.float64, device="cpu"), other)
 
     def _shape(self, step: int) -> tuple[int, int]:
         cells = self.seconds[step]

@@ -20,13 +20,19 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.formats import Codes
-from lightning_eff.kernels.build import library
-from lightning_eff.kernels.geometry import Geometry, Triple, emulated_forward, emulated_input_grad, emulated_weight_grad
-from lightning_eff.kernels.products import code_product, rescale, scratch
+from lightning_eff.kernels.geometry import (
+    EXACT_TERMS,
+    Geometry,
+    Triple,
+    emulated_forward,
+    emulated_input_grad,
+    emulated_weight_grad,
+)
+from lightning_eff.kernels.operands import CPU, kernels_for, pointer, threads
+from lightning_eff.kernels.products import code_product, rescale, scratch, sum_of_products
 
 GATHER_BYTES = 4 << 20
 """Gathered codes per group of images; measured: 1 MiB and 16 MiB are both slower."""
-_INT32_POSITIONS = 2**31 // (15 * 64)
 
 
 def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
@@ -40,24 +46,24 @@ def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
     """
     images, *size, channels = src.shape
     positions, count = images * out_size[0] * out_size[1] * out_size[2], taps.shape[1]
-    kernels = library() if src.device.type == "cpu" and src.dtype in (torch.int8, torch.int16) else None
+    kernels = kernels_for(src, taps) if src.dtype in (torch.int8, torch.int16) else None
     if kernels is None:
         return _gather_indexed(src, taps, step, out_size)
     if src.dtype == torch.int16:  # two bytes are two channels to the kernel
         return gather(src.view(torch.int8), taps, step, out_size).view(torch.int16)
     out = scratch("gather", positions * count * channels, torch.int8).view(positions, count * channels)
-    shape = torch.tensor([*size, *out_size, *step])
+    shape = torch.tensor([*size, *out_size, *step], dtype=torch.int64, device=CPU)
     kernels.eff_gather(
-        src.data_ptr(),
+        pointer("eff_gather(src)", src, src.numel(), torch.int8),
         images,
-        shape.data_ptr(),
+        pointer("eff_gather(size)", shape, 3, torch.int64),
         channels,
-        shape[3:].data_ptr(),
-        shape[6:].data_ptr(),
+        pointer("eff_gather(out_size)", shape[3:], 3, torch.int64),
+        pointer("eff_gather(step)", shape[6:], 3, torch.int64),
         count,
-        taps.data_ptr(),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        pointer("eff_gather(tap)", taps, 3 * count, torch.int64),
+        pointer("eff_gather(out)", out, positions * count * channels, torch.int8),
+        threads(),
     )
     return out
 
@@ -69,7 +75,7 @@ def _gather_indexed(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -
     for axis in range(3):
         view = [1, 1, 1, taps.shape[1]]
         view[axis] = out_size[axis]
-        place = torch.arange(out_size[axis])[:, None] * step[axis] + taps[axis]
+        place = torch.arange(out_size[axis], dtype=torch.int64, device=CPU)[:, None] * step[axis] + taps[axis]
         place = place.to(src.device).view(view)
         inside = inside & (place >= 0) & (place < src.shape[axis + 1])
         places.append(place.clamp(0, src.shape[axis + 1] - 1))
@@ -83,9 +89,17 @@ def _groups(images: int, bytes_per_image: int, at_least: int = 0) -> Iterator[sl
     return (slice(start, min(start + size, images)) for start in range(0, images, size))
 
 
-def _gathers(codes: Tensor, native: bool, geometry: Geometry) -> bool:
-    """Whether to gather and multiply on integer units; FP8 values take torch's convolution in bfloat16."""
-    return native and geometry.groups == 1 and not codes.is_floating_point()
+def _gathers(a: Tensor, b: Tensor, native: bool, geometry: Geometry, terms: int) -> bool:
+    """Whether to gather and multiply matrices: on integer units, or where torch's own convolution might round.
+
+    Grouped convolutions and those of values (FP8, bfloat16) are left to torch. But where sums of values are to stay
+    float32 torch makes matrix products of 1x1 convolutions, whose sums follow set_float32_matmul_precision.
+    """
+    if geometry.groups > 1:
+        return False
+    if a.is_floating_point():
+        return a.dtype != b.dtype and geometry.kernel == (1, 1, 1)
+    return native or not a.dtype == b.dtype == torch.int8 or terms > EXACT_TERMS
 
 
 def _columns(x: Tensor, geometry: Geometry, taps: Tensor, out_size: Triple) -> Tensor:
@@ -111,7 +125,7 @@ def conv_forward(
         bias: (O,) or ``None``.
         dtype: of the result.
     """
-    if not _gathers(x.codes, native, geometry):
+    if not _gathers(x.codes, weight.codes, native, geometry, weight.codes[0].numel()):
         acc = emulated_forward(x.codes, weight.codes, geometry)
         return rescale(acc.flatten(0, 3), x.scale, weight.scale, bias=bias, dtype=dtype).view(acc.shape)
     images, out_size, channels = x.codes.shape[0], geometry.out_size(x.codes.shape[1:4]), weight.codes.shape[0]
@@ -119,7 +133,7 @@ def conv_forward(
     out = torch.empty(images * positions, channels, dtype=dtype, device=x.codes.device)
     taps = geometry.taps
     for group in _groups(images, positions * matrix.shape[0] * x.codes.itemsize):
-        acc = code_product(_columns(x.codes[group], geometry, taps, out_size), matrix, native=True)
+        acc = code_product(_columns(x.codes[group], geometry, taps, out_size), matrix, native=native)
         rows = out[group.start * positions : group.stop * positions]
         rescale(acc, x.scale, weight.scale, bias=bias, dtype=dtype, out=rows)
     return out.view(images, *out_size, channels)
@@ -139,7 +153,7 @@ def conv_input_grad(
         dtype: of the result.
     """
     images, (channels, _, inputs) = grad.codes.shape[0], weight.codes.shape
-    if not _gathers(grad.codes, native, geometry):
+    if not _gathers(grad.codes, weight.codes, native, geometry, channels * geometry.taps.shape[1]):
         acc = emulated_input_grad(grad.codes, weight.codes, geometry, size)
         return rescale(acc.flatten(0, 3), grad.scale, weight.scale, dtype=dtype).view(acc.shape)
     single = geometry.stride == (1, 1, 1)
@@ -154,7 +168,7 @@ def conv_input_grad(
         for group in _groups(images, z * y * x * matrix.shape[0] * grad.codes.itemsize):
             codes = grad.codes[group]
             columns = codes.reshape(-1, channels) if geometry.pointwise else gather(codes, taps, (1, 1, 1), (z, y, x))
-            acc = code_product(columns, matrix, native=True)
+            acc = code_product(columns, matrix, native=native)
             rows = target[group].view(-1, inputs) if single else None
             value = rescale(acc, grad.scale, weight.scale, dtype=dtype, out=rows)
             if not single:
@@ -179,18 +193,18 @@ def conv_weight_grad(
     taps = geometry.taps
     inputs = x.codes.shape[-1] // geometry.groups
     positions, width = out_size[0] * out_size[1] * out_size[2], taps.shape[1] * inputs
-    if not _gathers(x.codes, native, geometry):
+    if not _gathers(grad.codes, x.codes, native, geometry, images * positions):
         acc = emulated_weight_grad(grad.codes, x.codes, geometry).view(channels, width)
         return rescale(acc, grad.scale, x.scale, factor=factor, dtype=dtype).view(channels, -1, inputs)
-    total: Tensor | None = None
-    wide = images * positions > _INT32_POSITIONS
-    for group in _groups(images, positions * width * x.codes.itemsize, at_least=8 * channels * width):
-        columns = _columns(x.codes[group], geometry, taps, (out_size[0], out_size[1], out_size[2]))
-        part = code_product(grad.codes[group].reshape(-1, channels).t(), columns, native=True)
-        if group.stop < images or total is not None:  # the product's buffer is about to be overwritten
-            part = part.to(torch.float64 if wide else part.dtype, copy=total is None)
-        total = part if total is None else total.add_(part)
-    if total is None:
-        total = torch.zeros(channels, width, dtype=torch.int32, device=x.codes.device)
-    total = total.to(torch.float32) if wide else total
+    total = sum_of_products(
+        (
+            (
+                grad.codes[group].reshape(-1, channels).t(),
+                _columns(x.codes[group], geometry, taps, (out_size[0], out_size[1], out_size[2])),
+            )
+            for group in _groups(images, positions * width * x.codes.itemsize, at_least=8 * channels * width)
+        ),
+        native=native,
+    )
+    total = torch.zeros(channels, width, dtype=torch.int32, device=x.codes.device) if total is None else total
     return rescale(total, grad.scale, x.scale, factor=factor, dtype=dtype).view(channels, -1, inputs)

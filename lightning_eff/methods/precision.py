@@ -208,7 +208,7 @@ ROWS = (
         composes_with=("bf16-true",),
         strategies=("single_device", "ddp"),
         conflicts=_BF16_CONFLICTS,
-        state_keys=("bf16", "seed", "steps", "update"),
+        state_keys=("bf16", "seed", "steps", "streams", "update"),
     ),
     MethodInfo(
         name="bf16-kahan",

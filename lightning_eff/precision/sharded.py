@@ -87,7 +87,7 @@ def on_any_rank(verdict: bool, device: torch.device) -> bool:
     """Whether ``verdict`` is true on any rank; one all-reduce of one number."""
     if not (dist.is_available() and dist.is_initialized()):
         return verdict
-    flag = torch.tensor(float(verdict), device=device)
+    flag = torch.tensor(float(verdict), device=device, dtype=torch.float32)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 

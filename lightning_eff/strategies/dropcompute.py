@@ -203,7 +203,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         )
         window.offered += 1
         if self._dropping:
-            return torch.zeros((), device=self.root_device, requires_grad=True)  # type: ignore[attr-defined]
+            return torch.zeros((), device=self.root_device, requires_grad=True, dtype=torch.float32)  # type: ignore[attr-defined]
         self._began = now
         with self._no_collectives():
             return super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -249,7 +249,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         self._check_finite()
         factor = 1.0
         if sum(self._counts) < window.offered * world:
-            counts = torch.tensor(self._counts)
+            counts = torch.tensor(self._counts, dtype=torch.int64, device="cpu")
             factor = world * gradient_factor(counts, self.micro_batches, self.normalize, window=window.offered).item()
         self._sum.write_back(factor)
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError
-from lightning_eff.kernels import build, int16
+from lightning_eff.kernels import build
 from lightning_eff.kernels.build import library
 from lightning_eff.kernels.compiler import find_compiler, openmp_of_torch
 from lightning_eff.kernels.int16 import int16_native, int16_product
@@ -75,7 +75,7 @@ kernels_only = pytest.mark.skipif(library() is None, reason="no compiled kernels
 @pytest.fixture(params=["kernels", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr(int16, "library", lambda: None)
+        monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
     elif library() is None:
         pytest.skip("no compiled kernels here")
     return str(request.param)
@@ -250,7 +250,7 @@ def test_out_is_written_and_returned(path: str) -> None:
 
 
 def test_autocast_leaves_the_emulation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int16, "library", lambda: None)
+    monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
     a, b = normal(9, 50), normal(50, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(int16_product(a, b), exact_product(a, b).to(torch.float32))
