@@ -72,6 +72,7 @@ SIGNATURES = {
     "eff_integer_encode": (_P, _I, _L, _P, _I, _I, _I, ctypes.c_uint64, _P, _P, _P, _I),
     "eff_round_to_scale": (_P, _I, _L, _P, _I, _P, _I),
     "eff_int16_native": (_P,),
+    "eff_transpose": (_P, _I, _L, _L, _L, _P, _I),
     "eff_int16_product": (_P, _L, _L, _P, _L, _L, _L, _L, _L, _P, _I),
 }
 

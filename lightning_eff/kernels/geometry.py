@@ -99,13 +99,8 @@ def _axes(geometry: Geometry, depth: int) -> int:
 
 
 def _arithmetic(codes: Tensor) -> torch.dtype:
-<<<<<<< HEAD
-    """FP8 values are exact in bfloat16, integer codes in float32."""
-    return torch.bfloat16 if codes.is_floating_point() and codes.dtype is not torch.float32 else torch.float32
-=======
     """Values are multiplied in the type they come in, integer codes in float32."""
     return codes.dtype if codes.is_floating_point() else torch.float32
->>>>>>> kernels
 
 
 def _image(codes: Tensor, axes: int) -> Tensor:

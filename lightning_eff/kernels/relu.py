@@ -18,26 +18,15 @@ def packs(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in TYPES and not x.is_neg() and kernels_for(x) is not None and is_dense(x)
 
 
-<<<<<<< HEAD
-def relu_mask(x: Tensor, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def relu_mask(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """``relu(x)``, strides kept, and a bit per element (uint8, in memory order) where the gradient passes.
 
-    ``out`` is ``x`` itself to do it in place; default: a new tensor.
+    ``inplace`` overwrites ``x``; its version counter is the caller's to move.
     """
-    kernels = library()
-    if kernels is None:
-        raise RuntimeError("internal error: relu_mask without compiled kernels")
-    y = torch.empty_like(x) if out is None else out
-    mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
-    threads = torch.get_num_threads()
-    kernels.eff_relu(x.data_ptr(), TYPES[x.dtype], x.numel(), y.data_ptr(), mask.data_ptr(), threads)
-=======
-def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``relu(x)``, strides kept, and a bit per element (uint8, in memory order) where the gradient passes."""
     kernels = kernels_for(x)
     if kernels is None:
         raise InternalError("internal error: relu_mask without compiled kernels")
-    n, y, mask = x.numel(), torch.empty_like(x), empty(((x.numel() + 7) // 8,), torch.uint8)
+    n, y, mask = x.numel(), x if inplace else torch.empty_like(x), empty(((x.numel() + 7) // 8,), torch.uint8)
     kernels.eff_relu(
         pointer("eff_relu(x)", x, n, *FLOATS, any_order=True),
         TYPES[x.dtype],
@@ -46,7 +35,6 @@ def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
         pointer("eff_relu(mask)", mask, (n + 7) // 8, torch.uint8),
         threads(),
     )
->>>>>>> kernels
     return y, mask
 
 

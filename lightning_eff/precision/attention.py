@@ -179,6 +179,8 @@ def _is_fused_nested(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor |
 def _attend_nested(module: Any, query: Tensor, *flags: Any) -> tuple[Tensor, Tensor | None]:
     """Self-attention over the parts of a nested tensor, by padding it."""
     padded, lengths = query.to_padded_tensor(0.0), query._nested_tensor_size()[:, 0]
-    padding = torch.arange(padded.shape[1], device=padded.device) >= lengths.to(padded.device)[:, None]
+    padding = (
+        torch.arange(padded.shape[1], dtype=torch.int64, device=padded.device) >= lengths.to(padded.device)[:, None]
+    )
     out, weights = _attend(module, padded, padded, padded, padding, *flags)
     return torch._nested_tensor_from_mask(out, padding.logical_not()), weights

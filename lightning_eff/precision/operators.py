@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_eff.kernels.geometry import Geometry, shared_geometry
+from lightning_eff.kernels.layout import images
 from lightning_eff.precision import functions
 from lightning_eff.precision.formats import SavedInput
-from lightning_eff.precision.functions import to_first
 from lightning_eff.precision.state import state_of
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -118,21 +118,22 @@ def conv(
     bias: Tensor | None,
     handle: Tensor,
     geometry: Sequence[int],
-    channels_last: bool,
+    keep_last: bool,
     dtype: torch.dtype,
     nibbles: int,
     scales: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantised convolution: output, packed input and its scale."""
     y, saved, _ = functions.conv_forward_last(
-        *(x, weight, bias, state_of(handle), _geometry(geometry)), save=True, channels_last=channels_last, share=False
+        *(x, weight, bias, state_of(handle), _geometry(geometry)), save=True, keep_last=keep_last, share=False
     )
     return _outputs(y, saved, dtype)
 
 
-def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool) -> Tensor:
+def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype, *, keep_last: bool) -> Tensor:
     """An empty (N, C, *space) tensor of that memory format."""
-    return to_first(x.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype), shape[2:], channels_last=channels_last)
+    made = (shape[0], *shape[2:], shape[1]) if keep_last else shape
+    return images(x.new_empty(made, dtype=dtype), shape[2:], last=keep_last)
 
 
 @conv.register_fake
@@ -142,14 +143,14 @@ def _(
     bias: Tensor | None,
     handle: Tensor,
     geometry: Sequence[int],
-    channels_last: bool,
+    keep_last: bool,
     dtype: torch.dtype,
     nibbles: int,
     scales: int,
 ) -> Outputs:
     dims = x.dim() - 2
     size = _geometry(geometry).out_size((*(1,) * (3 - dims), *x.shape[2:]))[3 - dims :]
-    y = _empty(x, (x.shape[0], weight.shape[0], *size), dtype, channels_last=channels_last)
+    y = _empty(x, (x.shape[0], weight.shape[0], *size), dtype, keep_last=keep_last)
     return _fake_outputs(y, x, nibbles, scales)
 
 
@@ -164,7 +165,7 @@ def conv_backward(
     x_shape: Sequence[int],
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
-    channels_last: bool,
+    keep_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias."""
     saved, state, needs = SavedInput(packed, scale), state_of(handle), (True, True, True)
@@ -172,7 +173,7 @@ def conv_backward(
     dtypes = (x_dtype, w_dtype)
     return _all(
         functions.conv_backward_last(
-            *(grad, saved, kernel, state, _geometry(geometry), *shapes, *dtypes, needs), channels_last=channels_last
+            *(grad, saved, kernel, state, _geometry(geometry), *shapes, *dtypes, needs), keep_last=keep_last
         )
     )
 
@@ -188,10 +189,10 @@ def _(
     x_shape: Sequence[int],
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
-    channels_last: bool,
+    keep_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = _empty(grad, x_shape, x_dtype, channels_last=channels_last)
-    dw = _empty(grad, weight.shape, w_dtype, channels_last=channels_last)
+    dx = _empty(grad, x_shape, x_dtype, keep_last=keep_last)
+    dw = _empty(grad, weight.shape, w_dtype, keep_last=keep_last)
     return dx, dw, grad.new_empty((weight.shape[0],), dtype=w_dtype)
 
 
@@ -203,9 +204,9 @@ def _all(grads: functions.Grads) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, weight, bias, handle, geometry, channels_last, *_ = inputs
+    x, weight, bias, handle, geometry, keep_last, *_ = inputs
     ctx.save_for_backward(*output[1:], weight, handle)
-    ctx.rest = (geometry, x.shape, x.dtype, weight.dtype, channels_last)
+    ctx.rest = (geometry, x.shape, x.dtype, weight.dtype, keep_last)
     ctx.has_bias = bias is not None
 
 

@@ -30,7 +30,7 @@ class _Masked(torch.autograd.Function):
 class _PackedReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
-        y, mask = relu_mask(x, out=x if inplace else None)
+        y, mask = relu_mask(x, inplace=inplace)
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(mask)
