@@ -108,7 +108,7 @@ def _columns(x: Tensor, geometry: Geometry, taps: Tensor, out_size: Triple) -> T
 
 
 def _write(acc: Tensor, a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None, keep_last: bool) -> None:
-    """Rescale sums (images * positions, channels) into ``out``, some images; a group at a time, they are in the cache."""
+    """Rescale sums (images * positions, channels) into ``out``, images of it few enough to lie in the cache."""
     if keep_last:
         rescale(acc, a, b, bias=bias, dtype=out.dtype, out=out.view(acc.shape))
         return

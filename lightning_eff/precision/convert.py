@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.errors import ConfigurationError, InternalError
 from lightning_eff.precision import operators  # noqa: F401 - registers what compiled graphs call
 from lightning_eff.precision.config import LayerConfig
 from lightning_eff.precision.layers import mixin_of
@@ -85,6 +85,11 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
         return () if weight is None else tuple(shape_of(weight))
     except RuntimeError:  # a lazy layer has no shape before its first batch
         return ()
+
+
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """What has a state of its own, by suffix: the two products of an attention read and write different tensors."""
+    return {"": module, ".out_proj": module.out_proj} if isinstance(module, nn.MultiheadAttention) else {"": module}
 
 
 def _kind(module: nn.Module) -> str:
@@ -190,7 +195,7 @@ class Conversion:
         self._recent = RecentInputs()
         self._seen: list[nn.Module] = []
         self._rows_of: dict[int, Layer] = {}
-        self._given: dict[int, tuple[nn.Module, type[nn.Module], type[nn.Module], list[str]]] = {}
+        self._given: dict[int, tuple[nn.Module, type[nn.Module], type[nn.Module]]] = {}
 
     @property
     def layers(self) -> int:
@@ -217,25 +222,33 @@ class Conversion:
             _check_patterns(self.config, [name for name, _ in found])
         reasons, came = _reasons(self.model, found, self.config, self.device), []
         for name, module in found:
-            if id(module) not in self._rows_of:
+            row = self._rows_of.get(id(module))
+            if row is None:
                 frozen = not any(p.requires_grad for p in module.parameters())
                 note = "" if reasons[name] or not frozen else "frozen: plain until a gradient passes"
-                row = self._rows_of[id(module)] = Layer(name, _kind(module), _shape(module), reasons[name], note)
+                row = Layer(name, _kind(module), _shape(module), reasons[name], note)
                 came.append(row)
                 if not row.reason:
-                    self._convert_layer(name, module, on_path=not frozen)
+                    self._convert_layer(module, on_path=not frozen)
+            self._rows_of[id(module)] = replace(row, name=name)  # another that was inserted before it moves it
         self.rows = [self._rows_of[id(module)] for _, module in found]
+        self.states = dict(self._named_states(found))
         return came
 
-    def _convert_layer(self, name: str, module: nn.Module, *, on_path: bool) -> None:
-        parts = {name: module}
-        if isinstance(module, nn.MultiheadAttention):  # its two products read and write different tensors
-            parts[f"{name}.out_proj".lstrip(".")] = module.out_proj
-        for part, owner in parts.items():
-            state = self.states[part] = LayerState(part, self.config, self.seeds, self._recent)
+    def _convert_layer(self, module: nn.Module, *, on_path: bool) -> None:
+        for part in _parts(module).values():
+            state = part.__dict__[STATE] = LayerState("", self.config, self.seeds, self._recent)
             state.on_path = on_path
-            owner.__dict__[STATE] = state
-        self._swap(module, mixin_of(module), list(parts))
+        self._swap(module, mixin_of(module))
+
+    def _named_states(self, found: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, LayerState]]:
+        """The states of the layers as the tree is now, under the names they have now."""
+        for name, module in found:
+            for suffix, part in _parts(module).items():
+                if STATE in part.__dict__:
+                    state: LayerState = part.__dict__[STATE]
+                    state.name = f"{name}{suffix}".lstrip(".")
+                    yield state.name, state
 
     def _swap_others(self, modules: list[nn.Module]) -> None:
         """Pack ReLUs; keep torch from the fused inference paths of encoders, which read the weights themselves."""
@@ -251,22 +264,19 @@ class Conversion:
             if encoder is not None and any(STATE in part.__dict__ for part in module.modules()):
                 self._swap(module, encoder)
 
-    def _swap(self, module: nn.Module, mixin: type[Twin] | None, names: list[str] | None = None) -> None:
+    def _swap(self, module: nn.Module, mixin: type[Twin] | None) -> None:
         if mixin is None:  # _reasons gives every layer without a twin a reason
-            raise RuntimeError(f"internal error: {names} has no twin")
+            raise InternalError(f"internal error: {type(module).__name__} has no twin")
         own = own_class(type(module))
         twin = twin_class(mixin, own)
-        self._given[id(module)] = module, twin, own, names or []
+        self._given[id(module)] = module, twin, own
         module.__class__ = with_base(type(module), own, twin)
 
     def _give_back(self, key: int) -> None:
-        module, twin, own, names = self._given.pop(key)
+        module, twin, own = self._given.pop(key)
         module.__class__ = with_base(type(module), twin, own)
-        for part in (module, getattr(module, "out_proj", None)):
-            if part is not None and names:
-                part.__dict__.pop(STATE, None)
-        for name in names:
-            self.states.pop(name, None)
+        for part in _parts(module).values():
+            part.__dict__.pop(STATE, None)
 
     def undo(self) -> None:
         """Give every module its class back; harmless when called twice."""
