@@ -49,6 +49,10 @@ class MissingDependencyError(EffError, ImportError):
     """An optional package is needed for what was asked."""
 
 
+class InternalError(EffError, RuntimeError):
+    """A promise between two parts of this package was broken; the fault is ours, and nothing was changed."""
+
+
 class EffWarning(UserWarning):
     """Base of every warning this package issues."""
 

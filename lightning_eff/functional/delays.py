@@ -65,14 +65,24 @@ class Delay(ABC):
             micro_batch: position in the step.
             base_s: what the micro-batch takes undisturbed, seconds.
         """
-        return base_s * float(self.relative(torch.tensor(step), torch.tensor(rank), torch.tensor(micro_batch)))
+        return base_s * float(
+            self.relative(
+                torch.tensor(step, dtype=torch.int64, device="cpu"),
+                torch.tensor(rank, dtype=torch.int64, device="cpu"),
+                torch.tensor(micro_batch, dtype=torch.int64, device="cpu"),
+            )
+        )
 
     def table(
         self, steps: int, workers: int, micro_batches: int, *, base_s: float = 1.0, first_step: int = 0
     ) -> Tensor:
         """Seconds of every micro-batch, undisturbed time and delay; float64 (steps, workers, micro_batches)."""
-        step = torch.arange(first_step, first_step + steps).view(-1, 1, 1)
-        extra = self.relative(step, torch.arange(workers).view(-1, 1), torch.arange(micro_batches))
+        step = torch.arange(first_step, first_step + steps, dtype=torch.int64, device="cpu").view(-1, 1, 1)
+        extra = self.relative(
+            step,
+            torch.arange(workers, dtype=torch.int64, device="cpu").view(-1, 1),
+            torch.arange(micro_batches, dtype=torch.int64, device="cpu"),
+        )
         return base_s * (1 + extra.expand(steps, workers, micro_batches))
 
 
@@ -83,8 +93,12 @@ def hashed_uniform(seed: int, *coordinates: Tensor) -> Tensor:
         seed: 64-bit integer.
         coordinates: int64, 0 or more, broadcast together.
     """
-    h = torch.zeros((), dtype=torch.int32)
-    for word in (torch.tensor(seed & _MASK), torch.tensor(seed >> 32 & _MASK), *coordinates):
+    h = torch.zeros((), dtype=torch.int32, device="cpu")
+    for word in (
+        torch.tensor(seed & _MASK, dtype=torch.int64, device="cpu"),
+        torch.tensor(seed >> 32 & _MASK, dtype=torch.int64, device="cpu"),
+        *coordinates,
+    ):
         # One more than the word: mixing leaves 0 at 0, and (0, 0, 0) must be as random as the rest.
         h = mix32(h + ((word + 1) * _GOLDEN & _MASK).to(torch.int32))
     return ((h.to(torch.int64) & _MASK).double() + 0.5) / 2**32

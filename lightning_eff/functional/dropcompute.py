@@ -129,7 +129,7 @@ def completed(times: Tensor, tau: float, min_micro_batches: int = 1) -> Tensor:
     """
     min_micro_batches = check_min_micro_batches(min_micro_batches)
     elapsed = _ends(times)[..., :-1]
-    done = torch.arange(times.shape[-1], device=times.device)
+    done = torch.arange(times.shape[-1], device=times.device, dtype=torch.int64)
     # Elapsed time never shrinks: a worker that does not start m starts none of the later ones.
     return starts_next(elapsed, done, tau=tau, min_micro_batches=min_micro_batches).sum(-1)
 

@@ -109,7 +109,9 @@ def ideal_speedup(table: Tensor, other: Tensor | float, tau: float) -> float:
         1.0
     """
     tau = _seconds(tau)
-    return float(_ideal_speedups(check_timings(table, other), torch.tensor([tau], dtype=torch.float64))[0])
+    return float(
+        _ideal_speedups(check_timings(table, other), torch.tensor([tau], dtype=torch.float64, device="cpu"))[0]
+    )
 
 
 def ideal_threshold(table: Tensor, other: Tensor | float, *, candidates: int = 200) -> float:
@@ -122,7 +124,9 @@ def ideal_threshold(table: Tensor, other: Tensor | float, *, candidates: int = 2
     candidates = check("candidates", candidates, Whole(1, 2**20, "each is tried on every step"))
     ends = timings.table.cumsum(-1)
     half = (ends.shape[-1] + 1) // 2
-    taus = torch.linspace(float(ends[..., half - 1].min()), float(ends.max()), candidates, dtype=torch.float64)
+    taus = torch.linspace(
+        float(ends[..., half - 1].min()), float(ends.max()), candidates, dtype=torch.float64, device="cpu"
+    )
     return _largest(taus, _ideal_speedups(timings, taus), 1.0)
 
 
@@ -159,10 +163,10 @@ def _staircase(timings: Timings, min_micro_batches: int) -> _Staircase:
     merged, order = moments.flatten().sort(stable=True)
     longer = slowest.diff(dim=1).flatten()[order]
     start = (slowest[:, 0] + timings.other).cumsum(0)[-1:]
-    taus = torch.cat([torch.zeros(1, dtype=torch.float64), merged])
+    taus = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), merged])
     seconds = torch.cat([start, longer]).cumsum(0)
-    last_of_its_moment = torch.cat([taus[1:] > taus[:-1], torch.ones(1, dtype=torch.bool)])
-    counts = torch.arange(len(taus)) + first.numel() * min_micro_batches
+    last_of_its_moment = torch.cat([taus[1:] > taus[:-1], torch.ones(1, dtype=torch.bool, device="cpu")])
+    counts = torch.arange(len(taus), dtype=torch.int64, device="cpu") + first.numel() * min_micro_batches
     return _Staircase(taus[last_of_its_moment], counts[last_of_its_moment], seconds[last_of_its_moment])
 
 
@@ -223,7 +227,7 @@ def _middles(taus: Tensor) -> Tensor:
     """The middle of every interval [tau_c, tau_(c+1)); inf for the last."""
     middle = taus[:-1] + taus.diff() / 2
     middle = torch.where(middle < taus[1:], middle, taus[:-1])  # neighbouring floats have nothing between them
-    return torch.cat([middle, torch.full((1,), math.inf, dtype=torch.float64)])
+    return torch.cat([middle, torch.full((1,), math.inf, dtype=torch.float64, device="cpu")])
 
 
 def _largest(taus: Tensor, speeds: Tensor, worth: float) -> float:

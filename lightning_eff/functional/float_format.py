@@ -169,7 +169,7 @@ def _table(fmt: FloatFormat) -> Tensor:
     half = [fmt._magnitude(code) if code <= fmt.max_code else float("nan") for code in range(count)]
     if fmt.inf_code is not None:
         half[fmt.inf_code] = float("inf")
-    return torch.tensor(half + [-value for value in half], dtype=torch.float32)
+    return torch.tensor(half + [-value for value in half], dtype=torch.float32, device="cpu")
 
 
 def check_choices(rounding: str, infinity: str) -> None:

@@ -89,7 +89,7 @@ def lognormal_fit(x: Tensor) -> LognormalFit:
 
 def _log_phi(z: float) -> float:
     """Logarithm of the normal distribution function, exact far into the tail."""
-    return float(torch.special.log_ndtr(torch.tensor(z, dtype=torch.float64)))
+    return float(torch.special.log_ndtr(torch.tensor(z, dtype=torch.float64, device="cpu")))
 
 
 def _phi(z: float) -> float:
@@ -177,12 +177,19 @@ def stochastic_prune(x: Tensor, threshold: float | Tensor, seed: int | None = No
         True
     """
     x = x.detach()
-    tau = torch.as_tensor(threshold, device=x.device).to(x.dtype)
+    tau = threshold_of(threshold, x.dtype, x.device)
     u = uniform(x.numel(), draw_seed() if seed is None else seed, device=x.device).view(x.shape)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     below = x.abs() < tau
     kept = u.to(wide) * tau.to(wide) < x.abs().to(wide)
     return torch.where(below, torch.where(kept, torch.copysign(tau, x), 0.0), x)
+
+
+def threshold_of(threshold: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The 0-d threshold that elements of ``dtype`` are compared with; a number is rounded to float32 before."""
+    if not isinstance(threshold, Tensor):
+        threshold = torch.tensor(threshold, dtype=torch.float32, device=device)
+    return threshold.to(device, dtype)
 
 
 def cosine_similarity_of(a: float, sigma: float) -> float:

@@ -38,11 +38,12 @@ def uniform_bits(numel: int, seed: int, *, device: torch.device | str | None = N
     Args:
         numel: number of elements.
         seed: 64-bit integer, from :func:`draw_seed` or a counter.
-        device: where the result lies.
+        device: where the result lies; default: the CPU.
 
     Returns:
         int32 of shape ``(numel,)``.
     """
+    device = torch.device("cpu" if device is None else device)
     rows = torch.arange((numel + ROW - 1) // ROW, dtype=torch.int32, device=device)
     # The low word is mixed first: a seed and its successor (a counter) must not share the bits of any two rows.
     low = mix32(torch.tensor(_signed(seed), dtype=torch.int32, device=device))
@@ -62,7 +63,7 @@ def draw_seed() -> int:
 
     Ranks seeded alike (``seed_everything``) would otherwise round alike and their errors would not average out.
     """
-    return rank_seed(int(torch.randint(2**63 - 1, (), dtype=torch.int64)))
+    return rank_seed(int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")))
 
 
 def rank_seed(seed: int) -> int:

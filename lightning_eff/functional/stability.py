@@ -65,11 +65,11 @@ class Dynamics(NamedTuple):
 
     def coefficients(self, x: Tensor | float) -> Tensor:
         """The coefficients of p for every x; float64, (...) -> (..., degree + 1)."""
-        free = torch.tensor([*self.free, 0.0], dtype=torch.float64)
-        free[1:] -= torch.tensor(self.free, dtype=torch.float64)  # times z, less itself
+        free = torch.tensor([*self.free, 0.0], dtype=torch.float64, device="cpu")
+        free[1:] -= torch.tensor(self.free, dtype=torch.float64, device="cpu")  # times z, less itself
         driven = torch.zeros_like(free)
-        driven[-len(self.driven) :] = torch.tensor(self.driven, dtype=torch.float64)
-        return free + torch.as_tensor(x, dtype=torch.float64).unsqueeze(-1) * driven
+        driven[-len(self.driven) :] = torch.tensor(self.driven, dtype=torch.float64, device="cpu")
+        return free + torch.as_tensor(x, dtype=torch.float64, device="cpu").unsqueeze(-1) * driven
 
 
 class Optimum(NamedTuple):
@@ -163,7 +163,7 @@ def largest_root(coefficients: Sequence[float] | Tensor) -> float:
         >>> round(largest_root([1.0, -2.5, 1.0]), 12)  # (z - 2) (z - 1/2)
         2.0
     """
-    given = torch.as_tensor(coefficients, dtype=torch.float64)
+    given = torch.as_tensor(coefficients, dtype=torch.float64, device="cpu")
     if given.dim() != 1 or len(given) < 2 or not bool(given[0] != 0):
         raise ConfigurationError(
             f"A polynomial with a root has two coefficients or more, the first not 0; got {given.tolist()}."
@@ -216,7 +216,7 @@ def _first_crossing(system: Dynamics) -> float:
         same = _on_circle(system, middle).imag.sign() == sign
         low, high = torch.where(same, middle, low), torch.where(same, high, middle)
     # At z = -1 every x is real.
-    angles = torch.cat([(low + high) / 2, torch.tensor([math.pi], dtype=torch.float64)])
+    angles = torch.cat([(low + high) / 2, torch.tensor([math.pi], dtype=torch.float64, device="cpu")])
     found = _on_circle(system, angles).real
     return float(found[found > 0].min())
 
@@ -225,8 +225,8 @@ def _sign_changes(system: Dynamics) -> tuple[Tensor, Tensor]:
     """Intervals of angles, each with one crossing: fine enough for z^D, and for angles near 0 if m is near 1."""
     degree = len(system.free)
     angles = torch.cat([
-        torch.logspace(-7, 0, 700, dtype=torch.float64) * (math.pi / degree),
-        torch.linspace(0, math.pi, 64 * degree + 1, dtype=torch.float64)[1:-1],
+        torch.logspace(-7, 0, 700, dtype=torch.float64, device="cpu") * (math.pi / degree),
+        torch.linspace(0, math.pi, 64 * degree + 1, dtype=torch.float64, device="cpu")[1:-1],
     ])  # fmt: skip
     angles = angles.sort().values
     signs = _on_circle(system, angles).imag.sign()
@@ -292,7 +292,7 @@ def best_half_life(condition_number: float, delay: int, method: Mitigation = "no
     """
     condition_number = check("condition_number", condition_number, Real(1))
     # Momenta are tried by the logarithm of 1 - m; at the optimum without delay it is -1.2 decades for kappa = 1000.
-    decades, width = torch.linspace(0, 4, 25).tolist(), 4 / 24
+    decades, width = torch.linspace(0, 4, 25, dtype=torch.float32, device="cpu").tolist(), 4 / 24
     best = Optimum(math.inf, 0.0, 0.0)
     for _ in range(3):
         found = [_best_lr(condition_number, delay, 1 - 10**-decade, method) for decade in decades]
@@ -307,7 +307,7 @@ def _best_lr(condition_number: float, delay: int, momentum: float, method: Mitig
     """The best learning rate for one momentum: of all windows [x / kappa, x] the one with the least largest root."""
     system = dynamics(delay, momentum, method)
     width = max(1, math.ceil(math.log10(condition_number) * _PER_DECADE))
-    exponents = torch.arange(-width - 2 * _PER_DECADE, 1, dtype=torch.float64) / width
+    exponents = torch.arange(-width - 2 * _PER_DECADE, 1, dtype=torch.float64, device="cpu") / width
     # The window spans the condition number exactly; two decades of learning rates up to the limit are tried.
     x = _first_crossing(system) * max(condition_number, 10 ** (1 / _PER_DECADE)) ** exponents
     slowest = largest_roots(system.coefficients(x)).unfold(0, width + 1, 1).amax(-1)
@@ -358,7 +358,7 @@ def top_curvature(
         difference = gradient(weights + length * u) - gradient(weights - length * u)
         return difference.detach().div(2 * length)
 
-    noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(seed), dtype=weights.dtype)
+    noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(seed), dtype=weights.dtype, device="cpu")
     start = noise.to(weights.device)
     found, rho, u = _power_iteration(product, start, iterations, tolerance)
     if found >= (1 - tolerance) * rho:

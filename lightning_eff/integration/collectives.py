@@ -91,7 +91,7 @@ class GradientSum:
                 _fill(bucket, 1 / world)
         flags = [float(p.grad is not None) for p in self.parameters]
         tail = self._carrier.buffer[-self._tail :]
-        tail.copy_(torch.tensor([*numbers, *flags], dtype=torch.float32))
+        tail.copy_(torch.tensor([*numbers, *flags], dtype=torch.float32, device="cpu"))
         # The carrier first: what it says decides what becomes of the others.
         order = sorted(self.buckets, key=lambda bucket: bucket is not self._carrier)
         with within or nullcontext():

@@ -14,15 +14,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from lightning_eff.functional import bf16 as functional
-from lightning_eff.kernels.build import library
+from lightning_eff.kernels.operands import CPU, MASK64, kernels_for, pointer, threads, wrote
+
+_HALF, _WHOLE, _LOWER = torch.bfloat16, torch.float32, torch.int16
 
 
-def _library_for(*tensors: Tensor) -> ctypes.CDLL | None:
+def _kernels_for(*tensors: Tensor | None) -> ctypes.CDLL | None:
     """The kernels, when every tensor is a contiguous one of the CPU."""
-    return library() if all(x.device.type == "cpu" and x.is_contiguous() for x in tensors) else None
+    return kernels_for(*tensors) if all(x is None or x.is_contiguous() for x in tensors) else None
 
 
 def write_stochastic(weight: Tensor, value: Tensor, seed: int) -> None:
@@ -34,13 +35,19 @@ def write_stochastic(weight: Tensor, value: Tensor, seed: int) -> None:
         seed: see there.
     """
     weight, value = weight.detach(), value.detach()
-    kernels = _library_for(weight, value)
+    kernels = _kernels_for(weight, value)
     if kernels is None:
         weight.copy_(functional.bf16_stochastic_round(value, seed))
         return
-    threads = torch.get_num_threads()
-    kernels.eff_bf16_stochastic(value.data_ptr(), value.numel(), seed, weight.data_ptr(), threads)
-    increment_version(weight)
+    n = weight.numel()
+    kernels.eff_bf16_stochastic(
+        pointer("eff_bf16_stochastic(x)", value, n, _WHOLE),
+        n,
+        seed & MASK64,
+        pointer("eff_bf16_stochastic(out)", weight, n, _HALF),
+        threads(),
+    )
+    wrote(weight)
 
 
 def write_kahan(weight: Tensor, compensation: Tensor, update: Tensor, *, is_sum: bool = False) -> None:
@@ -53,16 +60,22 @@ def write_kahan(weight: Tensor, compensation: Tensor, update: Tensor, *, is_sum:
         is_sum: ``update`` is the updated weight instead: ``update - weight`` is what is added.
     """
     weight, update = weight.detach(), update.detach()
-    kernels = _library_for(weight, compensation, update)
+    kernels = _kernels_for(weight, compensation, update)
     if kernels is None:
         new, rest = functional.kahan_step(weight, compensation, update - weight if is_sum else update)
         weight.copy_(new)
         compensation.copy_(rest)
         return
-    threads = torch.get_num_threads()
-    pointers = (weight.data_ptr(), compensation.data_ptr(), update.data_ptr())
-    kernels.eff_bf16_kahan(*pointers, weight.numel(), is_sum, threads)
-    increment_version(weight)
+    n = weight.numel()
+    kernels.eff_bf16_kahan(
+        pointer("eff_bf16_kahan(weight)", weight, n, _HALF),
+        pointer("eff_bf16_kahan(compensation)", compensation, n, _HALF),
+        pointer("eff_bf16_kahan(x)", update, n, _WHOLE),
+        n,
+        is_sum,
+        threads(),
+    )
+    wrote(weight)
 
 
 def write_split(weight: Tensor, lo: Tensor, value: Tensor) -> None:
@@ -74,25 +87,38 @@ def write_split(weight: Tensor, lo: Tensor, value: Tensor) -> None:
         value: float32, shape of ``weight``.
     """
     weight, value = weight.detach(), value.detach()
-    kernels = _library_for(weight, lo, value)
+    kernels = _kernels_for(weight, lo, value)
     if kernels is None:
         upper, lower = functional.split_fp32(value)
         weight.copy_(upper)
         lo.copy_(lower)
         return
-    threads = torch.get_num_threads()
-    kernels.eff_bf16_split(value.data_ptr(), value.numel(), weight.data_ptr(), lo.data_ptr(), threads)
-    increment_version(weight)
+    n = weight.numel()
+    kernels.eff_bf16_split(
+        pointer("eff_bf16_split(x)", value, n, _WHOLE),
+        n,
+        pointer("eff_bf16_split(hi)", weight, n, _HALF),
+        pointer("eff_bf16_split(lo)", lo, n, _LOWER),
+        threads(),
+    )
+    wrote(weight)
 
 
 def join_fp32(hi: Tensor, lo: Tensor, *, out: Tensor | None = None) -> Tensor:
     """See :func:`lightning_eff.functional.bf16.join_fp32`; ``out`` is a float32 tensor to use."""
     hi = hi.detach()
     out = torch.empty(hi.shape, dtype=torch.float32, device=hi.device) if out is None else out
-    kernels = _library_for(hi, lo, out)
+    kernels = _kernels_for(hi, lo, out)
     if kernels is None:
         return out.copy_(functional.join_fp32(hi, lo))
-    kernels.eff_bf16_join(hi.data_ptr(), lo.data_ptr(), hi.numel(), out.data_ptr(), torch.get_num_threads())
+    n = hi.numel()
+    kernels.eff_bf16_join(
+        pointer("eff_bf16_join(hi)", hi, n, _HALF),
+        pointer("eff_bf16_join(lo)", lo, n, _LOWER),
+        n,
+        pointer("eff_bf16_join(out)", out, n, _WHOLE),
+        threads(),
+    )
     return out
 
 
@@ -145,12 +171,12 @@ def sgd_step(
         seed: of the stochastic rounding.
     """
     weight, grad = weight.detach(), grad.detach()
-    kernels = _library_for(*(x for x in (weight, kept, grad, buffer) if x is not None))
+    kernels = _kernels_for(weight, kept, grad, buffer)
     fits = buffer is None or (buffer.dtype is torch.float32 and buffer.shape == weight.shape)
     if kernels is None or not fits or not _rounds_like_torch(kernels):
         return False
     _sgd(kernels, rule, weight, kept, grad, buffer, update=update, first=first, seed=seed)
-    increment_version(weight)
+    wrote(weight)
     return True
 
 
@@ -166,14 +192,15 @@ def _sgd(
     first: bool,
     seed: int,
 ) -> None:
+    n = weight.numel()
     kernels.eff_bf16_sgd(
-        weight.data_ptr(),
-        None if kept is None else kept.data_ptr(),
-        grad.data_ptr(),
-        None if buffer is None else buffer.data_ptr(),
-        weight.numel(),
+        pointer("eff_bf16_sgd(weight)", weight, n, _HALF),
+        pointer("eff_bf16_sgd(kept)", kept, n, {"kahan": _HALF, "split": _LOWER}.get(update, _HALF)),
+        pointer("eff_bf16_sgd(grad)", grad, n, _HALF),
+        pointer("eff_bf16_sgd(buffer)", buffer, n, _WHOLE),
+        n,
         ("sr", "kahan", "split").index(update),
-        seed,
+        seed & MASK64,
         rule.weight_decay,
         0.0 if buffer is None else rule.momentum,
         1 - rule.dampening,
@@ -181,7 +208,7 @@ def _sgd(
         first,
         rule.nesterov,
         rule.maximize,
-        torch.get_num_threads(),
+        threads(),
     )
 
 
@@ -189,10 +216,10 @@ def _sgd(
 def _rounds_like_torch(kernels: ctypes.CDLL) -> bool:
     """Whether the kernel's fused multiply-adds are what torch's ``add`` with ``alpha`` does on this machine."""
     rule = SGDRule(lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.01, nesterov=True, maximize=True)
-    generator = torch.Generator().manual_seed(0)
-    value, grad, buffer = torch.randn(3, 1003, generator=generator)  # vectors, and a rest
+    generator = torch.Generator().manual_seed(0)  # vectors, and a rest
+    value, grad, buffer = torch.randn(3, 1003, generator=generator, dtype=torch.float32, device=CPU)
     weight, half = value.to(torch.bfloat16), grad.to(torch.bfloat16)
-    lo, ours, theirs = torch.zeros(weight.shape, dtype=torch.int16), buffer.clone(), weight.to(torch.float32)
+    lo, ours, theirs = torch.zeros_like(weight, dtype=torch.int16), buffer.clone(), weight.to(torch.float32)
     _sgd(kernels, rule, weight, lo, half, ours, update="split", first=False, seed=0)
     rule(theirs, half.to(torch.float32), buffer, first=False)
     return torch.equal(functional.join_fp32(weight, lo), theirs) and torch.equal(ours, buffer)

@@ -16,11 +16,9 @@ from torch import Tensor
 from lightning_eff.functional import float_format as plain
 from lightning_eff.functional.float_format import FloatFormat, Infinity, Rounding, check_choices, unencodable
 from lightning_eff.functional.random import draw_seed
-from lightning_eff.kernels.build import library
+from lightning_eff.kernels.operands import FLOATS, MASK64, TYPES, empty, kernels_for, pointer, prepared, threads
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _CODES = 2
-_MASK64 = (1 << 64) - 1
 
 
 def _bits(value: float) -> int:
@@ -48,30 +46,25 @@ def _convert(
     """Fill ``out``; return whether a value had no code."""
     stochastic = rounding == "stochastic"
     if stochastic:
-        seed = draw_seed() if seed is None else seed & _MASK64
-    bad = ctypes.c_int32()
+        seed = draw_seed() if seed is None else seed & MASK64
+    bad, n = ctypes.c_int32(), x.numel()
     kernels.eff_float_format(
-        x.data_ptr(),
-        _TYPES[x.dtype],
-        x.numel(),
+        pointer("eff_float_format(x)", x, n, *FLOATS),
+        TYPES[x.dtype],
+        n,
         _parameters(fmt, infinity),
         stochastic,
         seed or 0,
-        out.data_ptr(),
-        _TYPES.get(out.dtype, _CODES),
+        pointer("eff_float_format(out)", out, n, *FLOATS, torch.uint8),
+        TYPES.get(out.dtype, _CODES),
         ctypes.byref(bad),
-        torch.get_num_threads(),
+        threads(),
     )
     return bool(bad.value)
 
 
-def _prepared(x: Tensor) -> Tensor:
-    x = x.detach()
-    return (x.to(torch.float32) if x.dtype == torch.float16 else x).contiguous()
-
-
 def _library_for(x: Tensor) -> ctypes.CDLL | None:
-    return library() if x.device.type == "cpu" and x.dtype in (*_TYPES, torch.float16) else None
+    return kernels_for(x) if x.dtype in (*FLOATS, torch.float16) else None
 
 
 def quantize(
@@ -89,8 +82,8 @@ def quantize(
     if kernels is None:
         return plain.quantize(x, fmt, rounding=rounding, seed=seed, infinity=infinity, dtype=dtype)
     dtype = dtype or x.dtype
-    out = torch.empty(x.shape, dtype=dtype if dtype in _TYPES else torch.float32)
-    _convert(kernels, _prepared(x), fmt, rounding, seed, infinity, out)
+    out = empty(x.shape, dtype if dtype in TYPES else torch.float32)
+    _convert(kernels, prepared(x), fmt, rounding, seed, infinity, out)
     return out.to(dtype)
 
 
@@ -107,7 +100,7 @@ def encode(
     kernels = _library_for(x)
     if kernels is None:
         return plain.encode(x, fmt, rounding=rounding, seed=seed, infinity=infinity)
-    out = torch.empty(x.shape, dtype=torch.uint8)
-    if _convert(kernels, _prepared(x), fmt, rounding, seed, infinity, out):
+    out = empty(x.shape, torch.uint8)
+    if _convert(kernels, prepared(x), fmt, rounding, seed, infinity, out):
         raise unencodable(fmt)
     return out

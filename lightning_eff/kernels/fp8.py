@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_eff import functional
 from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.fp8 import E4M3, E5M2, LARGEST, largest_along
-from lightning_eff.kernels.build import library
-from lightning_eff.kernels.quantize import TYPES, largest_magnitude
+from lightning_eff.kernels.operands import CPU, FLOATS, TYPES, buffer, empty, kernels_for, pointer, prepared, threads
+from lightning_eff.kernels.quantize import largest_magnitude
 
 _FORMATS = {E4M3: 0, E5M2: 1}
 ALIGNMENT = 16
@@ -42,29 +42,33 @@ def fp8_encode(
         observed: with ``max_abs``, a 0-d float32 tensor that receives the largest magnitude (not finite if ``x`` is
             not).
     """
-    x = x.detach()
-    x = (x if x.dtype in TYPES else x.to(torch.float32)).contiguous()
-    kernels = library() if x.device.type == "cpu" else None
+    x = prepared(x)
+    kernels = kernels_for(x)
     if max_abs is not None and observed is None:
         observed = torch.empty((), dtype=torch.float32, device=x.device)
     if kernels is None:
         plain, kept = _encode_plain(x, dtype, power_of_two, max_abs, observed)
         return Codes(plain.codes.to(torch.bfloat16), plain.scale), kept if keep else None
-    n, threads, scale = x.numel(), torch.get_num_threads(), torch.empty(2, dtype=torch.float32)
-    largest = largest_magnitude(x) if max_abs is None else torch.tensor(max_abs, dtype=torch.float32)
-    kernels.eff_fp8_scale(largest.data_ptr(), LARGEST[dtype], power_of_two, scale.data_ptr())
-    values = (torch.empty(n, dtype=torch.bfloat16) if out is None else out[:n]).view(x.shape)
-    bytes_ = torch.empty(x.shape, dtype=dtype) if keep else None
+    n, scale = x.numel(), empty((2,), torch.float32)
+    largest = largest_magnitude(x) if max_abs is None else torch.tensor(max_abs, dtype=torch.float32, device=CPU)
+    kernels.eff_fp8_scale(
+        pointer("eff_fp8_scale(max_abs)", largest, 1, torch.float32),
+        LARGEST[dtype],
+        power_of_two,
+        pointer("eff_fp8_scale(scale)", scale, 2, torch.float32),
+    )
+    values = buffer(out, x.shape, n, torch.bfloat16)
+    bytes_ = empty(x.shape, dtype) if keep else None
     kernels.eff_fp8_encode(
-        x.data_ptr(),
+        pointer("eff_fp8_encode(x)", x, n, *FLOATS),
         TYPES[x.dtype],
         n,
-        scale.data_ptr(),
+        pointer("eff_fp8_encode(scale)", scale, 2, torch.float32),
         _FORMATS[dtype],
-        None if bytes_ is None else bytes_.data_ptr(),
-        values.data_ptr(),
-        None if max_abs is None or observed is None else observed.data_ptr(),
-        threads,
+        pointer("eff_fp8_encode(codes)", bytes_, n, dtype),
+        pointer("eff_fp8_encode(values)", values, n, torch.bfloat16),
+        None if max_abs is None else pointer("eff_fp8_encode(observed)", observed, 1, torch.float32),
+        threads(),
     )
     return Codes(values, scale[0]), bytes_
 
@@ -81,12 +85,18 @@ def _encode_plain(
 
 def fp8_decode(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
     """The bfloat16 values of finite FP8 ``codes``; ``out`` is a bfloat16 buffer to use."""
-    kernels = library() if codes.device.type == "cpu" else None
+    kernels = kernels_for(codes)
     if kernels is None:
         return codes.to(torch.bfloat16)
     codes, n = codes.contiguous(), codes.numel()
-    values = (torch.empty(n, dtype=torch.bfloat16) if out is None else out[:n]).view(codes.shape)
-    kernels.eff_fp8_decode(codes.data_ptr(), n, _FORMATS[codes.dtype], values.data_ptr(), torch.get_num_threads())
+    values = buffer(out, codes.shape, n, torch.bfloat16)
+    kernels.eff_fp8_decode(
+        pointer("eff_fp8_decode(codes)", codes, n, *_FORMATS),
+        n,
+        _FORMATS[codes.dtype],
+        pointer("eff_fp8_decode(values)", values, n, torch.bfloat16),
+        threads(),
+    )
     return values
 
 

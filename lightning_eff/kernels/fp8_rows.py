@@ -15,8 +15,7 @@ from torch import Tensor
 from lightning_eff import functional
 from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.fp8 import E4M3, E5M2
-from lightning_eff.kernels.build import library
-from lightning_eff.kernels.quantize import TYPES
+from lightning_eff.kernels.operands import FLOATS, TYPES, buffer, empty, kernels_for, pointer, prepared, threads
 
 _FORMATS = {E4M3: 0, E5M2: 1}
 
@@ -90,9 +89,8 @@ def fp8_encode_both(
 
 def _prepared(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ctypes.CDLL | None]:
     """``x`` as the kernels read it, and the kernels if they serve; that ``dtype`` is no format, ``functional`` says."""
-    x = x.detach()
-    x = (x if x.dtype in TYPES else x.to(torch.float32)).contiguous()
-    return x, library() if x.device.type == "cpu" and dtype in _FORMATS else None
+    x = prepared(x)
+    return x, kernels_for(x) if dtype in _FORMATS else None
 
 
 def _widened(codes: Tensor, out: Tensor | None) -> Tensor:
@@ -106,19 +104,20 @@ class _Lines(NamedTuple):
     kept: Tensor | None
     values: Tensor
 
-    def pointers(self) -> tuple[int, int | None, int | None]:
+    def pointers(self, n: int, dtype: torch.dtype) -> tuple[int, int | None, int | None]:
         """Null for what is not wanted, and for what is empty."""
-        return self.scale.data_ptr(), None if self.kept is None else self.kept.data_ptr(), self.values.data_ptr()
+        return (
+            pointer("eff_fp8_encode_lines(scales)", self.scale, self.scale.numel(), torch.float32),
+            pointer("eff_fp8_encode_lines(codes)", self.kept, n, dtype),
+            pointer("eff_fp8_encode_lines(values)", self.values, n, torch.bfloat16) if self.values.numel() else None,
+        )
 
 
 def _allocated(x: Tensor, dim: int, *, kept: torch.dtype | None, out: Tensor | None, values: bool = True) -> _Lines:
     shape = (x.shape[0], 1) if dim == 1 else (1, x.shape[1])
-    scale = torch.empty(shape, dtype=torch.float32)  # whatever the default dtype is: half-precision plugins change it
-    codes = None if kept is None else torch.empty(x.shape, dtype=kept)
-    if not values:
-        return _Lines(scale, codes, torch.empty(0, dtype=torch.bfloat16))
-    flat = torch.empty(x.numel(), dtype=torch.bfloat16) if out is None else out[: x.numel()]
-    return _Lines(scale, codes, flat.view(x.shape))
+    codes = None if kept is None else empty(x.shape, kept)
+    made = buffer(out, x.shape, x.numel(), torch.bfloat16) if values else empty((0,), torch.bfloat16)
+    return _Lines(empty(shape, torch.float32), codes, made)
 
 
 def _encode(
@@ -129,13 +128,14 @@ def _encode(
     by_row: _Lines | None,
     by_column: _Lines | None,
 ) -> None:
+    n = x.numel()
     kernels.eff_fp8_encode_lines(
-        x.data_ptr(),
+        pointer("eff_fp8_encode_lines(x)", x, n, *FLOATS),
         TYPES[x.dtype],
         *x.shape,
         _FORMATS[dtype],
         power_of_two,
-        *((None, None, None) if by_row is None else by_row.pointers()),
-        *((None, None, None) if by_column is None else by_column.pointers()),
-        torch.get_num_threads(),
+        *((None, None, None) if by_row is None else by_row.pointers(n, dtype)),
+        *((None, None, None) if by_column is None else by_column.pointers(n, dtype)),
+        threads(),
     )

@@ -1,20 +1,29 @@
-"""The geometry of a convolution, and its products in float32 where there are no int8 units.
+"""The geometry of a convolution, and its products by torch's own convolution: of grouped ones, and without int8 units.
 
 Tensors of codes are channels-last with three spatial axes, (N, D, H, W, C); weights are (O, T, C / groups), taps before
-channels. The float32 sums are the integers of the native products as long as they stay below 2^24.
+channels. int8 codes, and the halves of int16 codes, are exact in whatever torch's convolution makes of float32 (TF32,
+bfloat16), and their float32 sums are the integers of the native products as long as they stay below 2^24: for the codes
+of LUQ up to :data:`EXACT_TERMS` terms. Longer sums of one image are rounded as in any float32 convolution.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_eff.kernels.int16 import halves
+from lightning_eff.kernels.operands import CPU, without_autocast
+
 Triple = tuple[int, int, int]
+LARGEST_TERM = 15 * 64
+"""Largest magnitude of one term: an unsigned INT4 code times the top FP4 code that fits int8."""
+EXACT_TERMS = 2**24 // LARGEST_TERM
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,12 @@ class Geometry:
     @functools.cached_property
     def phases(self) -> list[tuple[Triple, Tensor, Tensor]]:
         """For each input position modulo the stride: the phase, its taps' indices and their (3, T') output offsets."""
-        indices, found = torch.arange(self.kernel[0] * self.kernel[1] * self.kernel[2]).view(self.kernel), []
+        indices, found = torch.arange(math.prod(self.kernel), dtype=torch.int64, device=CPU).view(self.kernel), []
         for z, y, x in itertools.product(*(range(s) for s in self.stride)):
             axes = [self._phase_axis(axis, phase) for axis, phase in enumerate((z, y, x))]
             kept = indices
             for axis, (taps, _) in enumerate(axes):
-                kept = kept.index_select(axis, torch.tensor(taps, dtype=torch.int64))
+                kept = kept.index_select(axis, torch.tensor(taps, dtype=torch.int64, device=CPU))
             found.append(((z, y, x), kept.reshape(-1), _grid([offsets for _, offsets in axes])))
         return found
 
@@ -80,9 +89,8 @@ shared_geometry = functools.lru_cache(maxsize=4096)(Geometry)
 
 def _grid(axes: Sequence[Sequence[int]]) -> Tensor:
     """All combinations of three lists of offsets, (3, product of lengths)."""
-    return torch.stack(
-        [t.reshape(-1) for t in torch.meshgrid(*(torch.tensor(a, dtype=torch.int64) for a in axes), indexing="ij")]
-    ).contiguous()
+    offsets = (torch.tensor(axis, dtype=torch.int64, device=CPU) for axis in axes)
+    return torch.stack([t.reshape(-1) for t in torch.meshgrid(*offsets, indexing="ij")]).contiguous()
 
 
 def _axes(geometry: Geometry, depth: int) -> int:
@@ -91,13 +99,13 @@ def _axes(geometry: Geometry, depth: int) -> int:
 
 
 def _arithmetic(codes: Tensor) -> torch.dtype:
-    """FP8 values are exact in bfloat16, integer codes in float32."""
-    return torch.bfloat16 if codes.is_floating_point() else torch.float32
+    """Values are multiplied in the type they come in, integer codes in float32."""
+    return codes.dtype if codes.is_floating_point() else torch.float32
 
 
 def _image(codes: Tensor, axes: int) -> Tensor:
-    """(N, D, H, W, C) -> float32 (bfloat16 stays) (N, C, *axes), channels-last strides."""
-    wide = codes.to(_arithmetic(codes)).permute(0, 4, 1, 2, 3)
+    """Values (N, D, H, W, C) -> (N, C, *axes), channels-last strides."""
+    wide = codes.permute(0, 4, 1, 2, 3)
     return wide.squeeze(2) if axes else wide
 
 
@@ -107,9 +115,9 @@ def _codes_layout(image: Tensor, axes: int) -> Tensor:
 
 
 def _kernel(codes: Tensor, geometry: Geometry, axes: int) -> Tensor:
-    """(O, T, C / groups) -> float32 (bfloat16 stays) (O, C / groups, *axes)."""
+    """Values (O, T, C / groups) -> (O, C / groups, *axes)."""
     channels, _, inputs = codes.shape
-    return codes.to(_arithmetic(codes)).transpose(1, 2).reshape(channels, inputs, *geometry.kernel[axes:])
+    return codes.transpose(1, 2).reshape(channels, inputs, *geometry.kernel[axes:])
 
 
 def _backward(grad: Tensor, image: Tensor, kernel: Tensor, geometry: Geometry, axes: int, which: int) -> Tensor:
@@ -123,28 +131,59 @@ def _backward(grad: Tensor, image: Tensor, kernel: Tensor, geometry: Geometry, a
     return result
 
 
+def _in_halves(run: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """``run(a, b)``, linear in both, of codes; those of int16 in halves, whose results are added up in float32."""
+    if a.dtype != b.dtype and a.is_floating_point():  # sums are to stay float32
+        a, b = a.to(torch.float32), b.to(torch.float32)
+    with without_autocast(a):
+        upper, *others = ((p * q, run(x, y)) for p, x in halves(a) for q, y in halves(b))
+    total = upper[1] if not others else upper[1].mul_(upper[0])
+    for factor, part in others:
+        total.add_(part, alpha=factor)
+    return total
+
+
 def emulated_forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Integer sums of the output, float32 (N, D', H', W', O)."""
+    """Sums of the output, (N, D', H', W', O): float32, or bfloat16 of bfloat16 values."""
     axes = _axes(geometry, x.shape[1])
-    run = torch.conv2d if axes else torch.conv3d
     stride, padding, dilation = geometry.along(axes)
-    image, kernel = _image(x, axes), _kernel(weight, geometry, axes)
-    return _codes_layout(run(image, kernel, None, stride, padding, dilation, geometry.groups), axes)
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        convolve = torch.conv2d if axes else torch.conv3d
+        image, kernel = _image(x, axes), _kernel(weight, geometry, axes)
+        return convolve(image, kernel, None, stride, padding, dilation, geometry.groups)
+
+    return _codes_layout(_in_halves(run, x, weight), axes)
 
 
 def emulated_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, size: Triple) -> Tensor:
-    """Integer sums of the input gradient, float32 (N, D, H, W, C)."""
+    """Sums of the input gradient, (N, D, H, W, C); types as in :func:`emulated_forward`."""
     axes = _axes(geometry, size[0])
-    shape = (grad.shape[0], weight.shape[2] * geometry.groups, *size[axes:])
-    image = grad.new_empty((), dtype=_arithmetic(grad)).expand(shape)
-    sums = _backward(_image(grad, axes), image, _kernel(weight, geometry, axes), geometry, axes, 0)
-    return _codes_layout(sums, axes)
+    shape = (grad.shape[0], *size, weight.shape[2] * geometry.groups)
+    image = _image(grad.new_empty(shape, dtype=_arithmetic(grad)), axes)  # of which torch looks at shape and strides
+
+    def run(grad: Tensor, weight: Tensor) -> Tensor:
+        return _backward(_image(grad, axes), image, _kernel(weight, geometry, axes), geometry, axes, 0)
+
+    return _codes_layout(_in_halves(run, grad, weight), axes)
 
 
 def emulated_weight_grad(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """Integer sums of the weight gradient, float32 (O, T, C / groups), contiguous."""
+    """Sums of the weight gradient, (O, T, C / groups), contiguous; types as in :func:`emulated_forward`.
+
+    From one group of images to the next integers are added up in float64, which is returned then.
+    """
     axes = _axes(geometry, x.shape[1])
     shape = (grad.shape[-1], x.shape[-1] // geometry.groups, *geometry.kernel[axes:])
     kernel = grad.new_empty((), dtype=_arithmetic(grad)).expand(shape)
-    sums = _backward(_image(grad, axes), _image(x, axes), kernel, geometry, axes, 1)
-    return sums.flatten(2).transpose(1, 2).contiguous()
+
+    def run(grad: Tensor, x: Tensor) -> Tensor:
+        return _backward(_image(grad, axes), _image(x, axes), kernel, geometry, axes, 1)
+
+    images, positions = grad.shape[0], math.prod(grad.shape[1:4])
+    if x.is_floating_point() or images * positions <= EXACT_TERMS:
+        return _in_halves(run, grad, x).flatten(2).transpose(1, 2).contiguous()
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    size = max(1, EXACT_TERMS // positions)
+    parts = (_in_halves(run, g, i).to(wide) for g, i in zip(grad.split(size), x.split(size), strict=True))
+    return functools.reduce(Tensor.add_, parts).flatten(2).transpose(1, 2).contiguous()

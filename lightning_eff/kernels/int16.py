@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError
-from lightning_eff.kernels.build import library
+from lightning_eff.kernels.operands import kernels_for, matrix_pointer, pointer, threads
 
 
 def int16_native() -> bool:
     """Whether :func:`int16_product` runs on int16 units of this processor (AVX512-VNNI), faster than float32."""
-    kernels, native = library(), ctypes.c_int32()
+    kernels, native = kernels_for(), ctypes.c_int32()
     if kernels is not None:
         kernels.eff_int16_native(ctypes.byref(native))
     return bool(native.value)
@@ -64,14 +64,22 @@ def int16_product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     _check(a, b, out)
     (m, k), n = a.shape, b.shape[1]
     out = torch.empty(m, n, dtype=torch.float32, device=a.device) if out is None else out
-    kernels = library() if a.device.type == "cpu" else None
+    kernels = kernels_for(a, b, out)
     if out.numel() == 0 or k == 0:
         return out.zero_()
     if kernels is None:
         return out.copy_(_emulated(a, b))
     a, b = _dense(a), _dense(b)
     kernels.eff_int16_product(
-        a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), m, n, k, out.data_ptr(), torch.get_num_threads()
+        matrix_pointer("eff_int16_product(a)", a, torch.int16),
+        *a.stride(),
+        matrix_pointer("eff_int16_product(b)", b, torch.int16),
+        *b.stride(),
+        m,
+        n,
+        k,
+        pointer("eff_int16_product(out)", out, m * n, torch.float32),
+        threads(),
     )
     return out
 
@@ -96,6 +104,17 @@ def _check(a: Tensor, b: Tensor, out: Tensor | None) -> None:
 
 def _dense(x: Tensor) -> Tensor:
     return x if 1 in x.stride() else x.contiguous()
+
+
+def halves(codes: Tensor) -> list[tuple[float, Tensor]]:
+    """``codes`` as a sum of (factor, tensor): of int16, float32 integers in -128..128; of others, the codes themselves.
+
+    Integers up to 256 fit bfloat16 and TF32, whichever a product makes of its float32 operands.
+    """
+    if codes.dtype != torch.int16:
+        return [(1.0, codes if codes.is_floating_point() else codes.to(torch.float32))]
+    upper = codes.to(torch.float32).mul_(1 / 256).round_()
+    return [(256.0, upper), (1.0, torch.sub(codes, upper, alpha=256))]
 
 
 def _emulated(a: Tensor, b: Tensor) -> Tensor:

@@ -13,9 +13,17 @@ from torch import Tensor
 
 from lightning_eff.functional import lognormal as plain
 from lightning_eff.functional.random import draw_seed
-from lightning_eff.kernels.build import library
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+from lightning_eff.kernels.operands import (
+    CPU,
+    FLOATS,
+    MASK64,
+    TYPES,
+    empty,
+    kernels_for,
+    pointer,
+    prepared,
+    threads,
+)
 
 
 def stochastic_prune(x: Tensor, threshold: float | Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
@@ -29,21 +37,21 @@ def stochastic_prune(x: Tensor, threshold: float | Tensor, seed: int | None = No
     Returns:
         The pruned tensor (contiguous), and its number of zeros, a 0-d int64 tensor on the device of ``x``.
     """
-    kernels = library() if x.device.type == "cpu" and x.dtype in _TYPES else None
+    kernels = kernels_for(x) if x.dtype in TYPES else None
     if kernels is None:
         pruned = plain.stochastic_prune(x, threshold, seed)
         return pruned, (pruned == 0).sum()
-    x = x.detach().contiguous()
-    tau = float(torch.as_tensor(threshold).to(x.dtype))  # as the values it is compared with
-    out, zeros = torch.empty_like(x), torch.empty((), dtype=torch.int64)
+    x = prepared(x)
+    tau = float(plain.threshold_of(threshold, x.dtype, CPU))
+    n, out, zeros = x.numel(), torch.empty_like(x), empty((), torch.int64)
     kernels.eff_prune(
-        x.data_ptr(),
-        _TYPES[x.dtype],
-        x.numel(),
+        pointer("eff_prune(x)", x, n, *FLOATS),
+        TYPES[x.dtype],
+        n,
         ctypes.c_float(tau),
-        (draw_seed() if seed is None else seed) & ((1 << 64) - 1),
-        out.data_ptr(),
-        zeros.data_ptr(),
-        torch.get_num_threads(),
+        (draw_seed() if seed is None else seed) & MASK64,
+        pointer("eff_prune(out)", out, n, x.dtype),
+        pointer("eff_prune(zeros)", zeros, 1, torch.int64),
+        threads(),
     )
     return out, zeros

@@ -16,20 +16,24 @@ from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.luq import Rounding
 from lightning_eff.functional.random import draw_seed
 from lightning_eff.functional.sawb import COEFFICIENTS, Unsigned
-from lightning_eff.kernels.build import library
+from lightning_eff.kernels.operands import (
+    CPU,
+    FLOATS,
+    MASK64,
+    TYPES,
+    buffer,
+    empty,
+    kernels_for,
+    memory,
+    pointer,
+    prepared,
+    threads,
+)
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _UNSIGNED_MODE = {False: 0, "mirror5": 1, "reference": 2}
-_COEFFICIENTS = torch.tensor([COEFFICIENTS[kind][4] for kind in ("signed", "mirror5", "reference")])
-
-
-def _library_for(x: Tensor) -> ctypes.CDLL | None:
-    return library() if x.device.type == "cpu" else None
-
-
-def _prepared(x: Tensor) -> Tensor:
-    x = x.detach()
-    return (x if x.dtype in TYPES else x.to(torch.float32)).contiguous()
+_COEFFICIENTS = torch.tensor(
+    [COEFFICIENTS[kind][4] for kind in ("signed", "mirror5", "reference")], dtype=torch.float32, device=CPU
+)
 
 
 def sawb_encode(
@@ -47,74 +51,85 @@ def sawb_encode(
     Returns:
         Codes shaped like ``x``, the packed codes or ``None``, and whether the codes are unsigned.
     """
-    x = _prepared(x)
-    kernels = _library_for(x)
+    x = prepared(x)
+    kernels = kernels_for(x)
     if kernels is None:
         is_unsigned = bool(unsigned) and (scale is not None or bool(x.numel() and x.min() >= 0 and x.max() > 0))
         plain = functional.sawb_codes(x, unsigned=unsigned if is_unsigned else False, scale=scale)
         return plain, functional.pack_int4(plain.codes) if pack else None, is_unsigned
-    kind, n, threads = TYPES[x.dtype], x.numel(), torch.get_num_threads()
+    kind, n = TYPES[x.dtype], x.numel()
     if scale is None:
-        scale, flag = torch.empty((), dtype=torch.float32), ctypes.c_int32()
+        scale, flag = empty((), torch.float32), ctypes.c_int32()
         kernels.eff_sawb_scale(
-            x.data_ptr(),
+            pointer("eff_sawb_scale(x)", x, n, *FLOATS),
             kind,
             n,
             _UNSIGNED_MODE[unsigned],
-            _COEFFICIENTS.data_ptr(),
-            scale.data_ptr(),
+            pointer("eff_sawb_scale(coefficients)", _COEFFICIENTS, 6, torch.float32),
+            pointer("eff_sawb_scale(scale)", scale, 1, torch.float32),
             ctypes.byref(flag),
-            threads,
+            threads(),
         )
         is_unsigned = bool(flag.value)
     else:
-        is_unsigned = bool(unsigned)
-    codes = (torch.empty(n, dtype=torch.int8) if out is None else out[:n]).view(x.shape)
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8) if pack else None
+        scale, is_unsigned = torch.as_tensor(scale, dtype=torch.float32, device=CPU), bool(unsigned)
+    codes = buffer(out, x.shape, n, torch.int8)
+    packed = empty(((n + 1) // 2,), torch.uint8) if pack else None
     kernels.eff_sawb_codes(
-        x.data_ptr(),
+        pointer("eff_sawb_codes(x)", x, n, *FLOATS),
         kind,
         n,
-        scale.data_ptr(),
+        pointer("eff_sawb_codes(scale)", scale, 1, torch.float32),
         is_unsigned,
-        codes.data_ptr(),
-        None if packed is None else packed.data_ptr(),
-        threads,
+        pointer("eff_sawb_codes(codes)", codes, n, torch.int8),
+        pointer("eff_sawb_codes(packed)", packed, (n + 1) // 2, torch.uint8),
+        threads(),
     )
     return Codes(codes, scale), packed, is_unsigned
 
 
 def unpack_int4(packed: Tensor, numel: int, *, unsigned: bool = False, out: Tensor | None = None) -> Tensor:
     """Undo the packing, see :func:`lightning_eff.functional.unpack_int4`; ``out`` is an int8 buffer to use."""
-    kernels = _library_for(packed)
+    kernels = kernels_for(packed)
     if kernels is None:
         return functional.unpack_int4(packed, numel, unsigned=unsigned)
-    codes = torch.empty(numel, dtype=torch.int8) if out is None else out[:numel]
-    kernels.eff_unpack(packed.data_ptr(), numel, unsigned, codes.data_ptr(), torch.get_num_threads())
+    codes = buffer(out, (numel,), numel, torch.int8)
+    kernels.eff_unpack(
+        pointer("eff_unpack(packed)", packed, (numel + 1) // 2, torch.uint8),
+        numel,
+        unsigned,
+        pointer("eff_unpack(codes)", codes, numel, torch.int8),
+        threads(),
+    )
     return codes
 
 
 def fingerprint(x: Tensor) -> int:
     """A number that changes, almost surely, when a dense tensor is overwritten; 0 where there is no cheap way."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return 0
-    present = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()  # less than numel when expanded
-    size = min(x.numel() * x.element_size(), present)
-    kernels = library()
+    address, size = memory(x)
+    kernels = kernels_for(x)
     if kernels is not None:
-        return int(kernels.eff_fingerprint(x.data_ptr(), size))
+        return int(kernels.eff_fingerprint(address, size))
     step = max(size // x.element_size() // 64, 1)
     return hash(tuple(x.detach().as_strided((size // x.element_size() // step,), (step,)).tolist()))
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
     """Largest magnitude, 0-d float32, NaN if any element is NaN; zero for an empty tensor."""
-    x = _prepared(x)
-    kernels = _library_for(x)
+    x = prepared(x)
+    kernels = kernels_for(x)
     if kernels is None:
         return x.abs().max().to(torch.float32) if x.numel() else torch.zeros((), dtype=torch.float32, device=x.device)
-    result = torch.empty((), dtype=torch.float32)
-    kernels.eff_max_abs(x.data_ptr(), TYPES[x.dtype], x.numel(), result.data_ptr(), torch.get_num_threads())
+    result, n = empty((), torch.float32), x.numel()
+    kernels.eff_max_abs(
+        pointer("eff_max_abs(x)", x, n, *FLOATS),
+        TYPES[x.dtype],
+        n,
+        pointer("eff_max_abs(result)", result, 1, torch.float32),
+        threads(),
+    )
     return result
 
 
@@ -141,30 +156,34 @@ def luq_codes(
         out: int8 buffer of at least ``x.numel()`` elements for the codes; default: a new one.
         observed: 0-d float32 that receives the true maximum, measured in the same pass.
     """
-    x = _prepared(x)
-    kernels = _library_for(x)
+    x = prepared(x)
+    kernels = kernels_for(x)
     if kernels is None or not 2 <= levels <= 7 or rounding != "luq":
         if observed is not None:
             observed.copy_(largest_magnitude(x))
         return functional.luq_codes(
             x, levels=levels, max_abs=max_abs, power_of_two=power_of_two, rounding=rounding, seed=seed
         )
-    largest = largest_magnitude(x) if max_abs is None else torch.as_tensor(max_abs, dtype=torch.float32)
-    seed = draw_seed() if seed is None else seed
-    alpha, n = torch.empty((), dtype=torch.float32), x.numel()
-    codes = (torch.empty(n, dtype=torch.int8) if out is None else out[:n]).view(x.shape)
-    kernels.eff_luq_scale(largest.data_ptr(), levels, power_of_two, alpha.data_ptr())
+    largest = largest_magnitude(x) if max_abs is None else torch.as_tensor(max_abs, dtype=torch.float32, device=CPU)
+    alpha, n = empty((), torch.float32), x.numel()
+    codes = buffer(out, x.shape, n, torch.int8)
+    kernels.eff_luq_scale(
+        pointer("eff_luq_scale(max_abs)", largest, 1, torch.float32),
+        levels,
+        power_of_two,
+        pointer("eff_luq_scale(alpha)", alpha, 1, torch.float32),
+    )
     kernels.eff_luq_codes(
-        x.data_ptr(),
+        pointer("eff_luq_codes(x)", x, n, *FLOATS),
         TYPES[x.dtype],
         n,
-        alpha.data_ptr(),
-        largest.data_ptr(),
+        pointer("eff_luq_codes(alpha)", alpha, 1, torch.float32),
+        pointer("eff_luq_codes(max_abs)", largest, 1, torch.float32),
         levels,
-        seed,
-        codes.data_ptr(),
-        None if observed is None else observed.data_ptr(),
-        torch.get_num_threads(),
+        (draw_seed() if seed is None else seed) & MASK64,
+        pointer("eff_luq_codes(codes)", codes, n, torch.int8),
+        pointer("eff_luq_codes(observed)", observed, 1, torch.float32),
+        threads(),
     )
     return Codes(codes, alpha)
 

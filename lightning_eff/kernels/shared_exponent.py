@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from lightning_eff.functional import dfp16, flexpoint
 from lightning_eff.functional.flexpoint import Rounding
 from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.random import draw_seed
-from lightning_eff.kernels.build import library
-from lightning_eff.kernels.quantize import TYPES, largest_magnitude
+from lightning_eff.kernels.operands import (
+    CPU,
+    FLOATS,
+    MASK64,
+    TYPES,
+    buffer,
+    empty,
+    kernels_for,
+    pointer,
+    prepared,
+    threads,
+    wrote,
+)
+from lightning_eff.kernels.quantize import largest_magnitude
 
 
 def integer_encode(
@@ -51,27 +62,28 @@ def integer_encode(
         ConfigurationError: ``bits`` or ``rounding`` is not allowed.
     """
     flexpoint.check_integer_format(bits, rounding)
-    x = _prepared(x)
-    kernels = library() if x.device.type == "cpu" else None
+    x = prepared(x)
+    kernels = kernels_for(x)
     if kernels is None:
         _observe(x, observed)
         plain = flexpoint.integer_codes(x, scale, bits=bits, symmetric=symmetric, rounding=rounding, seed=seed)
         return plain if out is None else Codes(out[: x.numel()].view(x.shape).copy_(plain.codes), plain.scale)
-    n, stochastic, kept = x.numel(), rounding == "stochastic", torch.empty((), dtype=torch.float32)
-    codes = (torch.empty(n, dtype=torch.int16) if out is None else out[:n]).view(x.shape)
+    n, stochastic, kept = x.numel(), rounding == "stochastic", empty((), torch.float32)
+    codes = buffer(out, x.shape, n, torch.int16)
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=CPU)
     kernels.eff_integer_encode(
-        x.data_ptr(),
+        pointer("eff_integer_encode(x)", x, n, *FLOATS),
         TYPES[x.dtype],
         n,
-        scale.data_ptr(),
+        pointer("eff_integer_encode(scale)", scale, 1, torch.float32),
         bits,
         symmetric,
         stochastic,
-        (draw_seed() if seed is None else seed) & ((1 << 64) - 1) if stochastic else 0,
-        codes.data_ptr(),
-        kept.data_ptr(),
-        None if observed is None else observed.data_ptr(),
-        torch.get_num_threads(),
+        (draw_seed() if seed is None else seed) & MASK64 if stochastic else 0,
+        pointer("eff_integer_encode(codes)", codes, n, torch.int16),
+        pointer("eff_integer_encode(kept)", kept, 1, torch.float32),
+        pointer("eff_integer_encode(observed)", observed, 1, torch.float32),
+        threads(),
     )
     return Codes(codes, kept)
 
@@ -97,23 +109,23 @@ def round_to_scale_(x: Tensor, scale: Tensor, *, bits: int = 16, observed: Tenso
     """
     flexpoint.check_integer_format(bits)
     plain = x.detach()
-    in_place = plain.device.type == "cpu" and plain.dtype in TYPES and plain.is_contiguous()
-    kernels = library() if in_place else None
+    in_place = plain.dtype in TYPES and plain.is_contiguous() and not plain.is_neg()
+    kernels = kernels_for(plain) if in_place else None
     if kernels is None:
         _observe(plain, observed)
         plain.copy_(flexpoint.round_to_scale(plain, scale, bits=bits))
         return x
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=CPU)
     kernels.eff_round_to_scale(
-        plain.data_ptr(),
+        pointer("eff_round_to_scale(x)", plain, plain.numel(), *FLOATS),
         TYPES[plain.dtype],
         plain.numel(),
-        scale.data_ptr(),
+        pointer("eff_round_to_scale(scale)", scale, 1, torch.float32),
         bits,
-        None if observed is None else observed.data_ptr(),
-        torch.get_num_threads(),
+        pointer("eff_round_to_scale(observed)", observed, 1, torch.float32),
+        threads(),
     )
-    if not x.is_inference():  # inference tensors have no version counter
-        increment_version(x)
+    wrote(x)
     return x
 
 
@@ -128,14 +140,9 @@ def dfp_encode(x: Tensor, *, bits: int = 16, out: Tensor | None = None) -> Codes
     Raises:
         ConfigurationError: ``bits`` is not allowed.
     """
-    x = _prepared(x)
+    x = prepared(x)
     scale = dfp16.dfp_scale(largest_magnitude(x), bits=bits)
     return integer_encode(x, scale, bits=bits, symmetric=True, out=out)
-
-
-def _prepared(x: Tensor) -> Tensor:
-    x = x.detach()
-    return (x if x.dtype in TYPES else x.to(torch.float32)).contiguous()
 
 
 def _observe(x: Tensor, observed: Tensor | None) -> None:

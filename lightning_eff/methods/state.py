@@ -293,7 +293,15 @@ def phase_and(*, stream: bool = False, optional: Mapping[str, Any] = MappingProx
     return Record(own, optional=optional, also=begun if stream else None)
 
 
-UPDATES = Record({"update": Choice("sr", "kahan", "split"), "seed": SEED, "steps": Whole()})
+UPDATES = Record(
+    {
+        "update": Choice("sr", "kahan", "split"),
+        "seed": SEED,
+        "steps": Whole(),
+        "streams": Maybe(ListOf(Whole(0, 2**63 - 1))),
+    },
+    optional={"streams": None},  # of sr alone; the first versions knew parameters by their place
+)
 """The numbers under ``bf16`` in an optimizer's state."""
 LAYER_OF_PRUNING = Record(
     {

@@ -23,7 +23,7 @@ References:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -33,30 +33,45 @@ from torch.optim import Optimizer
 from lightning_eff.checks import Choice, check
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
 from lightning_eff.kernels.bf16 import SGDRule, join_fp32, sgd_step, write_kahan, write_split, write_stochastic
-from lightning_eff.kernels.products import scratch
-from lightning_eff.optim.state import KEPT, SCALARS, read_updates
+from lightning_eff.optim.checkpoint import KEPT, SCALARS, read_updates
+from lightning_eff.optim.noise import MASK64, Streams, noise_seed
+from lightning_eff.optim.shadows import Room, empty_shadow, widened
+from lightning_eff.optim.states import widen_states
 
 Update = Literal["sr", "kahan", "split"]
 UPDATES: tuple[str, ...] = get_args(Update)
 _PART = 1 << 20
 """Elements that one call of a torch optimizer updates, unless a single parameter is larger."""
-_MASK = (1 << 64) - 1
 
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 
-def bf16_updates(optimizer: OptimizerT, *, update: Update = "split", seed: int | None = None) -> OptimizerT:
+def bf16_updates(
+    optimizer: OptimizerT,
+    *,
+    update: Update = "split",
+    seed: int | None = None,
+    names: Mapping[Tensor, str] | None = None,
+) -> OptimizerT:
     """Make ``optimizer`` update its bfloat16 parameters in float32, in place, and return it.
 
     Parameters of other dtypes are updated as they always were. Parameter groups, closures, hooks, schedulers made
     before or after, and ``add_param_group`` work as before; ``state_dict`` holds what an exact continuation needs, and
-    a plain optimizer loads it. Doing it again with the same ``update`` changes nothing.
+    a plain optimizer loads it. Doing it again with the same ``update`` changes nothing, but names parameters that have
+    no name yet.
+
+    The noise of stochastic rounding is a hash of the seed, the step and the parameter. What identifies a parameter is
+    its name, from ``names`` or from the optimizer (``torch.optim.SGD(model.named_parameters())``): parameters of
+    another name, in this optimizer or in another, round independently, and groups added later change nobody's noise.
+    A parameter without a name is identified by its place in the optimizer when it takes its first step. Optimizers
+    whose names or places are alike share their noise unless their seeds differ. ``state_dict`` holds the identities.
 
     Args:
         optimizer: any optimizer that evaluates its closure at most once in a step.
         update: ``"split"`` (float32 exactly), ``"kahan"`` or ``"sr"``.
         seed: of the stochastic rounding; the same on every rank that holds the same parameters. Default:
             ``torch.initial_seed()``.
+        names: parameter -> name, the same on every rank and after a restart. Default: those the optimizer knows.
 
     Raises:
         ConfigurationError: ``update`` is not known, or the optimizer already has another one.
@@ -76,6 +91,7 @@ def bf16_updates(optimizer: OptimizerT, *, update: Update = "split", seed: int |
     if isinstance(optimizer, ShadowedOptimizer):
         if optimizer.update != update:
             raise ConfigurationError(f"The optimizer already has update={optimizer.update!r}; {update!r} was given.")
+        optimizer.identify(names or {})
         return optimizer
     if isinstance(optimizer, torch.optim.LBFGS):
         raise _several_closures(optimizer)
@@ -87,23 +103,17 @@ def bf16_updates(optimizer: OptimizerT, *, update: Update = "split", seed: int |
                 "go past the bfloat16 updates. Replace it after bf16_updates(optimizer)."
             )
         del optimizer.__dict__["step"]  # a scheduler's counter around the old step; ours counts for schedulers itself
-    optimizer.__class__ = _shadowed(type(optimizer))
+    original = type(optimizer)
+    optimizer.__class__ = _shadowed(original)
     optimizer._bf16 = {  # type: ignore[attr-defined]
         "update": update,
-        "seed": (torch.initial_seed() if seed is None else seed) & _MASK,
+        "seed": (torch.initial_seed() if seed is None else seed) & MASK64,
         "steps": 0,
     }
-    _widen_states(optimizer)
+    optimizer._streams = Streams()  # type: ignore[attr-defined]
+    optimizer.identify(names or {})  # type: ignore[attr-defined]
+    widen_states(optimizer, original)
     return optimizer
-
-
-def _widen_states(optimizer: Optimizer) -> None:
-    """Make float32 of the states there are already: Adagrad makes its own when it is constructed."""
-    for p, state in optimizer.state.items():
-        if isinstance(p, Tensor) and p.dtype is torch.bfloat16:
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.dtype is torch.bfloat16:
-                    state[key] = value.to(torch.float32)
 
 
 def _several_closures(optimizer: Optimizer) -> UnsupportedCombinationError:
@@ -135,7 +145,8 @@ def _step(self: ShadowedOptimizer, closure: Callable[[], Any] | None = None, *ar
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    for part in self._parts(self._update_at_once()):
+    seeds = self._seeds()
+    for part in self._parts(seeds, self._update_at_once(seeds)):
         given = () if closure is None else (_Evaluated(self, loss),)
         with self._on_shadows(part):
             result = self._original_step(*given, *args, **kwargs)
@@ -155,6 +166,7 @@ class ShadowedOptimizer(Optimizer):
     """What :func:`bf16_updates` puts before the class of an optimizer. Never constructed by itself."""
 
     _bf16: dict[str, Any]
+    _streams: Streams
     _original: type[Optimizer]
     _opt_called: bool
     _step_count: int
@@ -178,24 +190,39 @@ class ShadowedOptimizer(Optimizer):
         """Whether the step treats each parameter by itself and keeps no reference to it, as torch's own do."""
         return self._original.__module__.startswith("torch.optim.")
 
-    def _places(self) -> dict[Tensor, int]:
-        return {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+    def identify(self, names: Mapping[Tensor, str]) -> None:
+        """Name the parameters that have taken no step yet and have no name: those of groups that were added."""
+        self._streams.name(self.param_groups, names)
 
-    def _update_at_once(self) -> set[Tensor]:
+    def unidentified(self) -> list[Tensor]:
+        """The parameters that have neither name nor place yet."""
+        return [p for p in self._every() if p not in self._streams]
+
+    def _seeds(self) -> dict[Tensor, int]:
+        """Every parameter, and the seed of its stochastic rounding in this step."""
+        every = self._every()
+        if self.update != "sr":
+            return dict.fromkeys(every, 0)
+        seed, step, streams = self._bf16["seed"], self._bf16["steps"], self._streams.of(every)
+        return {p: noise_seed(seed, step, stream) for p, stream in zip(every, streams, strict=True)}
+
+    def _every(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _update_at_once(self, seeds: Mapping[Tensor, int]) -> set[Tensor]:
         """Update in one pass over memory what can be: plain SGD, with the bits that shadows give. Return what was."""
         done: set[Tensor] = set()
         if self._original is not torch.optim.SGD:
             return done
-        places = self._places()
         for group in self.param_groups:
             numbers = {name: group[name] for name in SGDRule.__dataclass_fields__}
             plain = all(isinstance(number, int | float) for number in numbers.values())  # no tensors
             if plain and not group["fused"] and not group["differentiable"]:
                 rule = SGDRule(**numbers)
-                done.update(p for p in group["params"] if self._sgd_at_once(p, rule, places[p]))
+                done.update(p for p in group["params"] if self._sgd_at_once(p, rule, seeds[p]))
         return done
 
-    def _sgd_at_once(self, p: Tensor, rule: SGDRule, place: int) -> bool:
+    def _sgd_at_once(self, p: Tensor, rule: SGDRule, seed: int) -> bool:
         """Update ``p``, or return False and change nothing."""
         if type(p) is not nn.Parameter or type(p.grad) is not Tensor or p.grad.layout is not torch.strided:
             return False
@@ -207,7 +234,6 @@ class ShadowedOptimizer(Optimizer):
         first = buffer is None
         if rule.momentum and buffer is None:
             buffer = torch.empty(p.shape, dtype=torch.float32, device=p.device)
-        seed = _seed(self._bf16["seed"], self._bf16["steps"], place)
         done = sgd_step(rule, p, kept, p.grad, buffer, update=update, first=first, seed=seed)
         if update in KEPT:
             self.state[p][KEPT[update][0]] = kept
@@ -215,24 +241,24 @@ class ShadowedOptimizer(Optimizer):
             self.state[p]["momentum_buffer"] = buffer
         return done
 
-    def _parts(self, done: Container[Tensor] = ()) -> list[dict[Tensor, int]]:
-        """Which parameters (and their places) are updated together: as few as are worth a call, or all.
+    def _parts(self, seeds: Mapping[Tensor, int], done: Container[Tensor] = ()) -> list[dict[Tensor, int]]:
+        """Which parameters (and their seeds) are updated together: as few as are worth a call, or all.
 
         torch's own optimizers treat each parameter by itself, so their step may run over a few at a time. Of others
         that is not known: they see all at once. Those that are ``done`` are left out.
         """
-        every = {p: place for p, place in self._places().items() if p not in done}
+        every = {p: seed for p, seed in seeds.items() if p not in done}
         if not self._by_itself:
             return [every]
         parts: list[dict[Tensor, int]] = [{}]
         size = 0
-        for p, place in every.items():
+        for p, seed in every.items():
             if p.grad is not None:
                 numel = p.numel() if p.dtype is torch.bfloat16 else 0
                 if size and size + numel > _PART:
                     parts.append({})
                     size = 0
-                parts[-1][p] = place
+                parts[-1][p] = seed
                 size += numel
         return parts
 
@@ -242,14 +268,14 @@ class ShadowedOptimizer(Optimizer):
         shadows: dict[Tensor, nn.Parameter] = {}
         kept: dict[Tensor, Tensor] = {}
         halves = [p for p in part if p.dtype is torch.bfloat16 and p.grad is not None]
-        room = _Room(halves if self._by_itself else [])
+        room = Room(halves if self._by_itself else [])
         with torch.no_grad():
             for p in halves:
                 kept[p] = self._take_kept(p)
                 # torch's CPU addition of a sparse tensor writes past a tensor that does not start its storage.
                 dense = p.grad is not None and p.grad.layout is torch.strided
-                shadows[p] = nn.Parameter(self._widen(p, kept[p], room.take(p) if dense else _empty(p)))
-                shadows[p].grad = _widened(p.grad, room)
+                shadows[p] = nn.Parameter(self._widen(p, kept[p], room.take(p) if dense else empty_shadow(p)))
+                shadows[p].grad = widened(p.grad, room)
         done = False
         try:
             with self._exchanged({p: shadows.get(p, p) for p in part}):
@@ -296,10 +322,10 @@ class ShadowedOptimizer(Optimizer):
     def _widen(self, p: Tensor, kept: Tensor, out: Tensor) -> Tensor:
         return join_fp32(p, kept, out=out) if self.update == "split" else out.copy_(p.detach())
 
-    def _write(self, p: Tensor, shadow: Tensor, kept: Tensor, place: int) -> None:
+    def _write(self, p: Tensor, shadow: Tensor, kept: Tensor, seed: int) -> None:
         """Bring the float32 result into the bfloat16 parameter."""
         if self.update == "sr":
-            write_stochastic(p, shadow, _seed(self._bf16["seed"], self._bf16["steps"], place))
+            write_stochastic(p, shadow, seed)
         elif self.update == "kahan":
             write_kahan(p, kept, shadow, is_sum=True)
         else:
@@ -308,8 +334,9 @@ class ShadowedOptimizer(Optimizer):
     # ------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state with what is kept for each parameter, and the update, the seed, the steps."""
-        return {**super().state_dict(), SCALARS: dict(self._bf16)}
+        """The optimizer's state, with what is kept for each parameter, the update, the seed, the steps and streams."""
+        streams = {"streams": self._streams.of(self._every())} if self.update == "sr" else {}
+        return {**super().state_dict(), SCALARS: self._bf16 | streams}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly; a state of a plain optimizer, or of another update, is taken as far as it goes.
@@ -319,8 +346,8 @@ class ShadowedOptimizer(Optimizer):
         Raises:
             CheckpointError: what this module has added to the state is damaged; nothing is changed.
         """
-        numbers = read_updates(state_dict, self.param_groups, self.update)
-        every = [p for group in self.param_groups for p in group["params"]]
+        every = self._every()
+        numbers = read_updates(state_dict, every, self.update)
         halves = [p for p in every if p.dtype is torch.bfloat16]
         stand_ins = {p: nn.Parameter(torch.empty(0, device=p.device, dtype=torch.float32)) for p in halves}
         with self._exchanged({p: stand_ins.get(p, p) for p in every}):
@@ -333,54 +360,14 @@ class ShadowedOptimizer(Optimizer):
                         self.state[p][key] = kept.to(dtype)  # through float32, which holds either dtype exactly
         if numbers is not None:
             self._bf16.update(seed=numbers["seed"], steps=numbers["steps"])
+            if self.update == numbers["update"] == "sr":
+                self._streams.load(every, numbers["streams"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_bf16": dict(self._bf16)}
+        return {**super().__getstate__(), "_bf16": dict(self._bf16), "_streams": self._streams}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._original,), self.__getstate__()
-
-
-def _seed(seed: int, step: int, place: int) -> int:
-    """A 64-bit seed for each step and parameter (splitmix64, twice)."""
-    for number in (step + 1, place + 1):
-        seed = (seed + number * 0x9E3779B97F4A7C15) & _MASK
-        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & _MASK
-        seed ^= seed >> 31
-    return seed
-
-
-class _Room:
-    """Float32 tensors for shadows and gradients; on the CPU pieces of one buffer that is used again in the next part.
-
-    Fresh temporaries of this size cost more in page faults than the whole step.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        size = 2 * sum(_aligned(p.numel()) for p in parameters if p.device.type == "cpu")
-        self.free = scratch("shadows", size, torch.float32) if size else None
-
-    def take(self, like: Tensor) -> Tensor:
-        """An uninitialised, contiguous float32 tensor of the shape and on the device of ``like``."""
-        if self.free is None or like.device.type != "cpu":
-            return _empty(like)
-        piece, self.free = self.free[: like.numel()], self.free[_aligned(like.numel()) :]
-        return piece.view(like.shape)
-
-
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=torch.float32, device=like.device)
-
-
-def _widened(grad: Tensor | None, room: _Room) -> Tensor | None:
-    if grad is None or grad.layout is not torch.strided:
-        return None if grad is None else grad.to(torch.float32)
-    return room.take(grad).copy_(grad)
-
-
-def _aligned(numel: int) -> int:
-    return -(-numel // 16) * 16  # 64 bytes
 
 
 _MADE: dict[type[Any], type[Any]] = {}

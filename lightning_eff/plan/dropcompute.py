@@ -103,7 +103,7 @@ def simulate(
         min_micro_batches: computed however late a worker is.
         generator: seeded by the caller.
     """
-    sums = torch.zeros(len(taus), 3, dtype=torch.float64)
+    sums = torch.zeros(len(taus), 3, dtype=torch.float64, device="cpu")
     at_a_time = max(1, _CELLS // (workers * source.micro_batches))
     for start in range(0, steps, at_a_time):
         table, other = source.draw(min(at_a_time, steps - start), workers, generator)

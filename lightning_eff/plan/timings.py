@@ -58,8 +58,10 @@ class BootstrapSource:
     def draw(self, steps: int, workers: int, generator: Generator) -> Timings:
         """See :class:`Source`."""
         recorded, ranks, _ = self.timings.table.shape
-        rank = torch.randperm(ranks, generator=generator)[torch.arange(workers) % ranks]
-        step = torch.randint(recorded, (steps, workers), generator=generator)
+        rank = torch.randperm(ranks, generator=generator, dtype=torch.int64, device="cpu")[
+            torch.arange(workers, dtype=torch.int64, device="cpu") % ranks
+        ]
+        step = torch.randint(recorded, (steps, workers), generator=generator, dtype=torch.int64, device="cpu")
         return Timings(self.timings.table[step, rank], _choose(self.timings.other, steps, generator))
 
     def again(self, generator: Generator) -> BootstrapSource:
@@ -94,8 +96,10 @@ class FittedSource:
     def draw(self, steps: int, workers: int, generator: Generator) -> Timings:
         """See :class:`Source`."""
         shape = (steps, workers, self.micro_batches)
-        logs = self.mean + self.micro_batch_std * torch.randn(shape, dtype=torch.float64, generator=generator)
-        logs += self.step_std * torch.randn((steps, workers, 1), dtype=torch.float64, generator=generator)
+        logs = self.mean + self.micro_batch_std * torch.randn(
+            shape, dtype=torch.float64, generator=generator, device="cpu"
+        )
+        logs += self.step_std * torch.randn((steps, workers, 1), dtype=torch.float64, generator=generator, device="cpu")
         return Timings(self.shift_s + logs.exp(), _choose(self.timings.other, steps, generator))
 
     def again(self, generator: Generator) -> FittedSource:
@@ -125,9 +129,9 @@ class DelaySource:
 
     def draw(self, steps: int, workers: int, generator: Generator) -> Timings:
         """See :class:`Source`; consecutive steps from a random one on."""
-        first_step = int(torch.randint(2**31, (), generator=generator))
+        first_step = int(torch.randint(2**31, (), generator=generator, dtype=torch.int64, device="cpu"))
         table = self.delay.table(steps, workers, self.micro_batches, base_s=self.base_s, first_step=first_step)
-        return Timings(table, torch.full((steps,), self.other_s, dtype=torch.float64))
+        return Timings(table, torch.full((steps,), self.other_s, dtype=torch.float64, device="cpu"))
 
     def again(self, generator: Generator) -> DelaySource:
         """Itself: a simulated cluster is known exactly."""
@@ -136,12 +140,15 @@ class DelaySource:
 
 def _recorded_again(timings: Timings, generator: Generator) -> Timings:
     steps, ranks, _ = timings.table.shape
-    step = torch.randint(steps, (steps, ranks), generator=generator)
-    return Timings(timings.table[step, torch.arange(ranks)], _choose(timings.other, steps, generator))
+    step = torch.randint(steps, (steps, ranks), generator=generator, dtype=torch.int64, device="cpu")
+    return Timings(
+        timings.table[step, torch.arange(ranks, dtype=torch.int64, device="cpu")],
+        _choose(timings.other, steps, generator),
+    )
 
 
 def _choose(values: Tensor, number: int, generator: Generator) -> Tensor:
-    return values[torch.randint(len(values), (number,), generator=generator)]
+    return values[torch.randint(len(values), (number,), generator=generator, dtype=torch.int64, device="cpu")]
 
 
 def _zero_skew_shift(times: Tensor) -> float:

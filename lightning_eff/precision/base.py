@@ -10,7 +10,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Generator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,12 @@ from lightning_eff.errors import EffWarning, NoEffectWarning, NonFiniteGradientE
 from lightning_eff.integration.precision import check_strategy
 from lightning_eff.methods import MethodInfo
 from lightning_eff.precision.config import LayerConfig
-from lightning_eff.precision.convert import Conversion, convert
+from lightning_eff.precision.convert import Change, Conversion, convert
 from lightning_eff.precision.memory import Memory, advance, keys_of_variants, warn_of_other_layers
 from lightning_eff.precision.report import console, conversion_table, readable_bytes
 from lightning_eff.precision.sharded import (
     Named,
-    current,
-    gradients,
+    broken_names,
     names_of_all_ranks,
     on_any_rank,
     reduction_device,
@@ -81,6 +80,25 @@ class QuantizedPrecisionMixin:
             self._apply_state()
             self._report(conversion, device)
         return module
+
+    def _refresh(self) -> None:
+        """Convert what has come into a model since the last step, give back what has gone, and say so."""
+        for _, conversion in self._conversions.values():
+            change = conversion.update()
+            if change.came or change.went:
+                self._apply_state()
+                if _rank() == 0:
+                    console().print(self._told(change), highlight=False, soft_wrap=True)
+
+    def _told(self, change: Change) -> str:
+        """One line about layers that came and went while the run went on."""
+        parts = [
+            f"{row.name} ({row.kind}) {'left alone: ' + row.reason if row.reason else 'converted'}"
+            for row in change.came
+        ]
+        parts += [f"{row.name} ({row.kind}) gone" for row in change.went]
+        more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
+        return f"{self.info.name}: the model has changed at step {self._current_step()}: {'; '.join(parts[:8])}{more}."
 
     def _report(self, conversion: Conversion, device: torch.device) -> None:
         if not conversion.states:
@@ -145,6 +163,7 @@ class QuantizedPrecisionMixin:
     @contextlib.contextmanager
     def train_step_context(self) -> Generator[None]:
         """Context of a training step."""
+        self._refresh()
         self._enter("train")
         self._sample(self._current_step())
         with super().train_step_context():  # type: ignore[misc]
@@ -153,6 +172,7 @@ class QuantizedPrecisionMixin:
     @contextlib.contextmanager
     def val_step_context(self) -> Generator[None]:
         """Context of a validation step."""
+        self._refresh()
         self._enter("val")
         self._sample(0)
         with super().val_step_context():  # type: ignore[misc]
@@ -232,41 +252,27 @@ class QuantizedPrecisionMixin:
     def _broken_gradients(self, engine: Any) -> list[str]:
         """Names of the parameters whose gradient is not finite, the same on every rank.
 
-        In most formats one broken element makes a converted layer's whole weight gradient NaN, by its scale, and one
-        element of each tells; of all others, their sum does (a look at each element decides). Gradients are already
-        reduced here: all ranks see the same, unless a strategy leaves each a part of them. Then the ranks ask each
-        other.
+        Every element is looked at, by the sums of the gradients; a sum that is not finite is looked into. Gradients are
+        already reduced here: all ranks see the same, unless a strategy leaves each a part of them. Then the ranks ask
+        each other.
         """
         if engine is not None and not engine.is_gradient_accumulation_boundary():
             return []
         if hasattr(getattr(engine, "optimizer", None), "has_overflow"):
             return zero_broken(engine)
-        weights, others = self._named("weights"), self._named("others")
-        broken = self._broken_here(weights, others)
-        device = engine.device if engine is not None else reduction_device(p for _, p in weights + others)
+        named = self._parameters()
+        broken = broken_names(named)
+        device = engine.device if engine is not None else reduction_device(p for _, p in named)
         if device is None or not on_any_rank(bool(broken), device):
             return broken
         return names_of_all_ranks(broken)
 
-    def _broken_here(self, weights: Named, others: Named) -> list[str]:
-        """Names of the parameters of whose gradient this rank's part is not finite."""
-        found = gradients(weights)
-        spread = not self.weights_only and all(state.format.damage_spreads for state in self.states().values())
-        sampled = found if spread else []
-        found = found + gradients(others)
-        probes = [grad.as_strided((), ()).float() for _, grad in sampled]
-        probes += [grad.sum().float() for _, grad in found[len(sampled) :]]
-        if not probes or bool(torch.isfinite(torch.stack(probes)).all()):
-            return []
-        return [name for name, grad in found if not bool(torch.isfinite(grad).all())]
-
     def _trained(self) -> int:
-        return sum(p.requires_grad for _, p in self._named("weights") + self._named("others"))
+        return sum(p.requires_grad for _, p in self._parameters())
 
-    def _named(self, kind: Literal["weights", "others"]) -> Named:
-        """Names and parameters: the converted layers' weights, or all others."""
-        conversions = self._conversions.values()
-        return [(name, current(m, name, p)) for m, conversion in conversions for name, p in getattr(conversion, kind)]
+    def _parameters(self) -> Named:
+        """Names and parameters of the models as they are now."""
+        return [pair for module, _ in self._conversions.values() for pair in module.named_parameters()]
 
     def _publish(self, trainer: Any) -> None:
         """Log the figures of a sampled step, the mean over the layers where they are finite (SQNR may not be)."""
@@ -326,9 +332,13 @@ class QuantizedPrecisionMixin:
     def _apply_state(self) -> None:
         for name, state in self.states().items():
             state.weights_only = self.weights_only
-            for role, values in self._loaded.get(name, {}).items():
+            for role, values in self._loaded.pop(name, {}).items():
                 if role in state.memories:
                     state.memories[role].estimate.load_state_dict(values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the plugin belongs to no run: it has converted nothing."""
+        return {**self.__dict__, "_conversions": {}, "_loaded": self._remembered(), "_steps": 0, "_context": ""}
 
     def begin_fine_tuning(self) -> None:
         """From now on only the weights are quantised; inputs, gradients and products are in high precision."""

@@ -43,9 +43,10 @@ class BF16Mixin:
         UnsupportedCombinationError: the optimizer evaluates its closure several times (LBFGS).
 
     State: in the optimizer's state, ``lo`` (split) or ``compensation`` (kahan) of each parameter, and under ``bf16``
-    ``update``, ``seed`` and ``steps``.
-    Randomness: a hash of ``torch.initial_seed()`` of rank 0, the step and the parameter's place; no generator is drawn
-    from, and every rank rounds alike, so that replicas stay equal.
+    ``update``, ``seed``, ``steps`` and (sr) ``streams``, one number for each parameter, from its name.
+    Randomness: a hash of ``torch.initial_seed()`` of rank 0, the step, and the parameter's name with the number of its
+    optimizer, so that no two parameters and no two optimizers share their noise; no generator is drawn from, and every
+    rank rounds alike, so that replicas stay equal.
     """
 
     info: MethodInfo = METHODS["bf16-sr"]
@@ -61,6 +62,8 @@ class BF16Mixin:
         """Set up after construction, or after a graft, which has said by which string it was asked for."""
         self.update: Any = variant_of(self, "update", update, VARIANTS)
         self._seed: int | None = None
+        self._models: list[nn.Module] = []
+        self._adopted: list[Any] = []
 
     # ------------------------------------------------------------------------------------------ optimizers
 
@@ -86,11 +89,23 @@ class BF16Mixin:
     def _adopt(self, optimizer: Any) -> None:
         if self._seed is None:
             self._seed = seed_of_rank_0()
-        bf16_updates(optimizer, update=self.update, seed=self._seed)
+        if not any(known is optimizer for known in self._adopted):
+            self._adopted.append(optimizer)
+        elif not optimizer.unidentified():
+            return
+        bf16_updates(optimizer, update=self.update, seed=self._seed, names=self._names(optimizer))
+
+    def _names(self, optimizer: Any) -> dict[Tensor, str]:
+        """What identifies the optimizer's parameters: its number, and their names in the model or their places."""
+        number = next(i for i, known in enumerate(self._adopted) if known is optimizer)
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        names = {p: f"{number}.#{place}" for place, p in enumerate(every)}
+        models = enumerate(self._models)
+        return names | {p: f"{number}.{i}.{name}" for i, model in models for name, p in model.named_parameters()}
 
     def teardown(self) -> None:
-        """Forget the seed: the next run takes its own."""
-        self._seed = None
+        """Forget the seed, the model and the optimizers: the next run has its own."""
+        self._seed, self._models, self._adopted = None, [], []
         super().teardown()  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------ as in bf16-true
@@ -101,6 +116,7 @@ class BF16Mixin:
         trainer = getattr(module, "_trainer", None)
         if trainer is not None:
             check_strategy(self.info, trainer.strategy)
+        self._models.append(module)
         return module.to(torch.bfloat16)
 
     def convert_input(self, data: Any) -> Any:

@@ -1,4 +1,8 @@
-"""bfloat16 as the study emulates it: operands rounded to bfloat16, float32 sums, results rounded to bfloat16."""
+"""bfloat16 as the study emulates it: operands rounded to bfloat16, float32 sums, results rounded to bfloat16.
+
+A product of bfloat16 codes is rounded to bfloat16 by torch, which outputs and input gradients are to be. The optimizer
+reads the float32 sum of a weight gradient: the output gradient is handed over for it as float32, the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from torch import Tensor
 
 from lightning_eff.functional import zero_share
 from lightning_eff.functional.formats import Codes
+from lightning_eff.kernels.products import scratch
 from lightning_eff.precision.formats import Format, GradCodes, SavedInput, WeightCodes
 
 if TYPE_CHECKING:
@@ -25,7 +30,6 @@ class BF16Format(Format):
     config: LayerConfig
 
     nibbles = 4
-    damage_spreads = False
 
     def native(self, device: torch.device) -> bool:
         """Torch chooses how to multiply bfloat16: units made for it where there are some, float32 elsewhere."""
@@ -54,7 +58,9 @@ class BF16Format(Format):
     def encode_grad(self, grad: Tensor, state: LayerState) -> GradCodes:
         """Rounded to nearest even."""
         codes = self._encode(grad)
-        return GradCodes(codes, [codes])
+        out = scratch("grad", grad.numel(), torch.float32).view(grad.shape) if grad.is_cpu else None
+        wide = codes.codes.to(torch.float32) if out is None else out.copy_(codes.codes)
+        return GradCodes(codes, [Codes(wide, codes.scale)])
 
     def store(self, result: Tensor, role: str, state: LayerState) -> Tensor:
         """``result`` rounded to bfloat16, in place: with the bias added it has more bits than the format."""

@@ -54,8 +54,6 @@ class FittedFormatOfLayer(Format):
 
     config: FittedConfig
 
-    damage_spreads = False
-
     def native(self, device: torch.device) -> bool:
         """Never: values are multiplied as bfloat16, which holds them exactly."""
         return False
@@ -104,7 +102,11 @@ class FittedFormatOfLayer(Format):
         if not fitted.fitted or _due(state.step, self.config.refit_every_n_steps):
             fit = lognormal_fit(grad)
             spread = fit.mu / math.log(2), fit.sigma_log2
-            memory.observe(torch.tensor(spread if math.isfinite(fit.mu) else (math.inf, math.inf), dtype=torch.float32))
+            memory.observe(
+                torch.tensor(
+                    spread if math.isfinite(fit.mu) else (math.inf, math.inf), dtype=torch.float32, device="cpu"
+                )
+            )
             if not fitted.fitted:  # the first step has no other to look back on
                 fitted.update(*spread)
         fmt = fitted.format

@@ -134,9 +134,6 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         for state in self.states().values():
             state.written = written
 
-    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p) for module, _ in self._conversions.values() for name, p in module.named_parameters())
-
     def _forget_other_weights(self) -> None:
         """A second fit may bring weights of its own, which were never written."""
         for name, p in self._parameters():

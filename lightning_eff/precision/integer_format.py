@@ -123,5 +123,5 @@ class FlexpointFormat(DFP16Format):
         overflows = sum(memory.estimate.overflows for memory in state.memories.values())
         return {
             **super().grad_figures(grad, codes, state),
-            "overflows": torch.tensor(float(overflows), dtype=torch.float32),
+            "overflows": torch.tensor(float(overflows), dtype=torch.float32, device="cpu"),
         }

@@ -95,7 +95,10 @@ def advance(memories: Sequence[Memory], device: torch.device, *, replicas: int |
     """
     if not memories:
         return
-    parts = [torch.full((m.numbers,), _NOTHING, dtype=torch.float32) if m.seen is None else m.seen for m in memories]
+    parts = [
+        torch.full((m.numbers,), _NOTHING, dtype=torch.float32, device="cpu") if m.seen is None else m.seen
+        for m in memories
+    ]
     ranks = replicas != 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     seen = torch.cat([part.to(device) for part in parts])
     seen = torch.where(seen.isnan(), torch.inf, seen)  # every backend agrees on the largest of these

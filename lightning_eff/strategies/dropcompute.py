@@ -30,7 +30,7 @@ from lightning_eff.errors import (
 from lightning_eff.functional.delays import Delay, parse_delay
 from lightning_eff.functional.dropcompute import Normalize, gradient_factor
 from lightning_eff.functional.dropcompute_model import best_threshold
-from lightning_eff.functional.timings import write_timings
+from lightning_eff.functional.timings import append_timings, check_target
 from lightning_eff.integration import collectives
 from lightning_eff.integration.roll_call import RollCall
 from lightning_eff.methods import METHODS, MethodInfo
@@ -159,9 +159,9 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
                 "Remove self.automatic_optimization = False, or use strategy='ddp'."
             )
         if self.compensate and not trainer.max_steps > 0:
-            raise ConfigurationError(
-                "compensate='extra_steps' adds to max_steps, which is not set. Use Trainer(max_steps=...)."
-            )
+            raise ConfigurationError("compensate='extra_steps' adds to max_steps; Trainer(max_steps=...) is missing.")
+        if self.record_timings and trainer.is_global_zero:  # the rank that writes
+            check_target(self.record_timings)
         if trainer.accumulate_grad_batches == 1:
             warnings.warn(
                 "dropcompute changes nothing with accumulate_grad_batches=1: a step of one micro-batch has none to "
@@ -199,7 +199,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         )
         window.offered += 1
         if self._dropping:
-            return torch.zeros((), device=self.root_device, requires_grad=True)  # type: ignore[attr-defined]
+            return torch.zeros((), device=self.root_device, requires_grad=True, dtype=torch.float32)  # type: ignore[attr-defined]
         self._began = now
         with self._no_collectives():
             return super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -245,7 +245,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         self._check_finite()
         factor = 1.0
         if sum(self._counts) < window.offered * world:
-            counts = torch.tensor(self._counts)
+            counts = torch.tensor(self._counts, dtype=torch.int64, device="cpu")
             factor = world * gradient_factor(counts, self.micro_batches, self.normalize, window=window.offered).item()
         self._sum.write_back(factor)
 
@@ -335,7 +335,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
 
     def _record(self, table: Tensor, other: Tensor) -> None:
         if self.record_timings and dist.get_rank() == 0:
-            write_timings(self.record_timings, table, other, first_step=self._steps - len(table), append=True)
+            append_timings(self.record_timings, table, other, first_step=self._steps - len(table))
 
     # ------------------------------------------------------------------------------------------ reports and state
 

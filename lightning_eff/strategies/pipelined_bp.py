@@ -235,7 +235,7 @@ class PipelinedBPMixin(OneReplica):
         out = self._runner.forward(step, self._in_step_context, self._fingerprint)
         if self._runner.is_last:
             return out
-        return torch.zeros((), device=self.root_device, requires_grad=True)  # type: ignore[attr-defined]
+        return torch.zeros((), device=self.root_device, requires_grad=True, dtype=torch.float32)  # type: ignore[attr-defined]
 
     def _in_step_context(self, what: Callable[[], Any]) -> None:
         with self.precision_plugin.train_step_context():  # type: ignore[attr-defined]
@@ -287,7 +287,7 @@ class PipelinedBPMixin(OneReplica):
         def closure() -> Tensor:
             with torch.enable_grad():
                 runner.backward_of_oldest()
-            return torch.zeros((), device=runner.device)
+            return torch.zeros((), device=runner.device, dtype=torch.float32)
 
         self._draining = True
         while runner.in_flight:

@@ -86,7 +86,7 @@ class Measured:
     def gather(self) -> tuple[Tensor, Tensor]:
         """Every rank's micro-batch times, (I, N, M), and the time outside the loop, (I,); begin anew."""
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, torch.tensor(self.rows, dtype=torch.float64))
+        dist.all_gather_object(parts, torch.tensor(self.rows, dtype=torch.float64, device="cpu"))
         self.rows = []
         everyone = torch.stack(parts, dim=1)
         table, walls = everyone[..., :-1], everyone[..., -1]

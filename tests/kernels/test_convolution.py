@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from lightning_eff.functional.formats import Codes
-from lightning_eff.kernels import convolution
+from lightning_eff.kernels import convolution, products
 from lightning_eff.kernels.convolution import _gather_indexed, conv_forward, conv_input_grad, conv_weight_grad, gather
 from lightning_eff.kernels.geometry import Geometry, Triple
 
@@ -91,7 +91,7 @@ def test_work_cut_into_groups_of_images(monkeypatch: pytest.MonkeyPatch, name: s
     (_, inputs, outputs), size, geometry = CASES[name]
     x, w, dy = operands((5, inputs, outputs), size, geometry)
     if wide:
-        monkeypatch.setattr(convolution, "_INT32_POSITIONS", 3)
+        monkeypatch.setattr(products, "_INT32_TERMS", 3)
     positions = dy.codes[0, ..., 0].numel()
     for images in (1, 2, 3):
         monkeypatch.setattr(convolution, "GATHER_BYTES", images * positions * w.codes[0].numel())

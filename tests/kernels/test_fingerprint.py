@@ -11,7 +11,7 @@ from lightning_eff.kernels import quantize
 @pytest.fixture(autouse=True, params=["compiled", "torch"])
 def _version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(quantize, "library", lambda: None)
+        monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
 
 
 def test_fingerprint_sees_an_overwritten_tensor() -> None:

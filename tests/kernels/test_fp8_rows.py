@@ -159,7 +159,7 @@ def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kernels", [True, False])
 def test_buffers_are_filled(dim: Literal[0, 1], kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels:
-        monkeypatch.setattr("lightning_eff.kernels.fp8_rows.library", lambda: None)
+        monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
     x, buffer, other = torch.randn(30, 50), *torch.full((2, 2000), 7.0, dtype=torch.bfloat16)
     codes, _ = fp8_encode_along(x, E4M3, dim, out=buffer)
     assert codes.codes.data_ptr() == buffer.data_ptr()
@@ -180,7 +180,7 @@ def test_without_kernels_the_numbers_are_the_same(
 ) -> None:
     if library() is None:
         pytest.skip("no compiled kernels here")
-    monkeypatch.setattr("lightning_eff.kernels.fp8_rows.library", lambda: None)
+    monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
     check(matrix(*shape), dtype)
 
 

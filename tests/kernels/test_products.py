@@ -47,14 +47,23 @@ def test_long_sums_are_split_before_float32_rounds(monkeypatch: pytest.MonkeyPat
     assert torch.equal(code_product(a, b, native=False).double(), oracle(a, b))
 
 
-def test_the_longest_float32_sum_is_exact_and_a_longer_one_would_not_be() -> None:
-    terms = products._FLOAT32_TERMS
-    assert terms * products.LARGEST_TERM <= 2**24
-    a = torch.full((1, 4 * terms + 1), 128, dtype=torch.int16)
-    b = torch.full((4 * terms + 1, 1), 15, dtype=torch.int8)
-    b[-1] = 1  # odd multiples of 128 above 2^24 * 128 are not float32 numbers: any rounding shows
-    a[0, -1] = 1
-    assert code_product(a, b, native=False).item() == 4 * terms * 1920 + 1
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+def test_the_longest_sum_is_exact_for_any_codes(dtype: torch.dtype, native: bool) -> None:
+    """Full scale on both sides, one term more than a sum holds, and one that shows any rounding."""
+    lowest = torch.iinfo(dtype).min
+    assert products._FLOAT32_TERMS * products.INT8_TERM <= 2**24
+    assert products._INT32_TERMS * products.INT8_TERM < 2**31
+    assert products._OTHER_TERMS * 2**30 <= 2**53
+    for terms in (products._FLOAT32_TERMS, products._INT32_TERMS, 3 * products._INT32_TERMS, products._OTHER_TERMS):
+        a, b = torch.full((1, terms + 2), lowest, dtype=dtype), torch.full((terms + 2, 1), lowest, dtype=dtype)
+        b[-1] = a[0, -1] = 1
+        exact = (terms + 1) * lowest**2 + 1
+        found = code_product(a, b, native=native).item()
+        if native and dtype == torch.int16:  # rounded by float32, see kernels/int16.py
+            assert abs(found - exact) <= (terms / 2 + terms / 512 + 4) * 2**-24 * exact
+        else:
+            assert found == exact
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -63,19 +72,30 @@ def test_long_sums_are_split_before_int32_overflows(monkeypatch: pytest.MonkeyPa
     a = Codes(codes(5, 100, low=-64, high=64), torch.tensor(0.25))
     b, bias = Codes(codes(100, 6), torch.tensor(0.5)), torch.arange(6.0)
     expected = oracle(a.codes, b.codes) * 0.125 + bias.double()
-    monkeypatch.setattr(products, "_INT32_TERMS", limit)
+    for name in ("_INT32_TERMS", "_FLOAT32_TERMS"):
+        monkeypatch.setattr(products, name, limit)
     longest = []
-    original = code_product
+    original = products._product
 
-    def watched(left: Tensor, right: Tensor, *, native: bool) -> Tensor:
+    def watched(left: Tensor, right: Tensor, native: bool) -> tuple[Tensor, bool]:
         longest.append(left.shape[1])
-        return original(left, right, native=native)
+        return original(left, right, native)
 
-    monkeypatch.setattr(products, "code_product", watched)
+    monkeypatch.setattr(products, "_product", watched)
     found = scaled_product(a, b, native=native, bias=bias)
     assert torch.equal(found.double(), expected)
     assert max(longest) <= limit
     assert sum(longest) == 100
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_sums_of_several_products_do_not_share_the_buffer_of_a_product(native: bool) -> None:
+    pairs = [(codes(5, k, low=-64, high=64), codes(k, 6, low=0, high=15)) for k in (7, 100, 0, 1, 2000)]
+    found = products.sum_of_products(pairs, native=native)
+    assert found is not None
+    assert torch.equal(found.double(), sum(oracle(a, b) for a, b in pairs))
+    assert products.sum_of_products([], native=native) is None
+    assert products.sum_of_products([(codes(5, 0), codes(0, 6))], native=native) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -84,7 +104,7 @@ def test_long_sums_are_split_before_int32_overflows(monkeypatch: pytest.MonkeyPa
 def test_rescale(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, with_bias: bool, kernels: bool) -> None:
     """One rounding for the scale, one for the product, one for the sum, one for the dtype; in this order."""
     if not kernels:
-        monkeypatch.setattr(products, "library", lambda: None)
+        monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
     a, b, factor = torch.tensor(0.013), torch.tensor(0.21), 0.5
     bias = torch.randn(40).to(dtype) if with_bias else None
     for acc in (torch.randint(-50_000, 50_000, (300, 40), dtype=torch.int32), torch.randn(300, 40).mul(99).round()):
@@ -107,7 +127,7 @@ def test_rescale_by_vectors(
 ) -> None:
     """A scale for each row, for each column or both; one rounding for each product and for the sum, in this order."""
     if not kernels:
-        monkeypatch.setattr(products, "library", lambda: None)
+        monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
     row, column, one, factor = torch.rand(m, 1), torch.rand(n, 1).t(), torch.tensor(0.21), 1 / 3
     bias = torch.randn(n).to(dtype) if with_bias else None
     floats = torch.randn(m, n).mul(99)

@@ -15,7 +15,7 @@ from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.dfp16 import dfp_codes
 from lightning_eff.functional.flexpoint import Rounding, flex_quantize, integer_codes, round_to_scale
 from lightning_eff.functional.formats import Codes
-from lightning_eff.kernels import build, shared_exponent
+from lightning_eff.kernels import build
 from lightning_eff.kernels.shared_exponent import dfp_encode, integer_encode, round_to_scale_
 from tests.functional.bounds import lognormal
 from tests.harness import keep_globals
@@ -40,7 +40,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_exponent, "library", lambda: None)
+    monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
 
 
 def bits_of(x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ OPTIMIZERS: dict[str, Make] = {
     "sgd-fused": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, fused=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "adagrad-start": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=0.1),
     "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
     "adamax": lambda p: torch.optim.Adamax(p, lr=1e-3),
     "nadam": lambda p: torch.optim.NAdam(p, lr=1e-3),
@@ -81,6 +82,41 @@ def test_split_is_float32_to_the_bit(name: str) -> None:
         assert torch.equal(wide(optimizer, q), p.detach())
         states = [value for key, value in optimizer.state[q].items() if key != "lo" and isinstance(value, Tensor)]
         assert all(value.dtype is not torch.bfloat16 for value in states)
+
+
+class StatefulFromTheStart(torch.optim.SGD):
+    """Of a third party: its constructor makes states, one of a number that bfloat16 cannot hold, one of weights."""
+
+    def __init__(self, params: Any, lr: float = 0.1, start: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+        self.defaults["start"] = start
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p].update(mean=torch.full_like(p, start), slow=p.detach().clone(), other=torch.ones_like(p))
+
+
+class NeedsMore(StatefulFromTheStart):
+    """Its constructor takes what it does not keep, so that it cannot be called again."""
+
+    def __init__(self, params: Any, scale: float) -> None:
+        super().__init__(params, start=0.3 * scale)
+
+
+def test_states_of_the_constructor_begin_at_the_float32_value() -> None:
+    params = weights()
+    stepped = StatefulFromTheStart(params, start=0.3)
+    stepped.state[params[1]]["mean"].mul_(2)  # no longer what the constructor made of it
+    optimizer = bf16_updates(stepped)
+    first, second = (optimizer.state[p] for p in params)
+    assert torch.equal(first["mean"], torch.full((5, 7), 0.3))
+    assert torch.equal(second["mean"], torch.full((9, 3), 0.6, dtype=torch.bfloat16).float())
+    assert torch.equal(first["slow"], params[0].detach().float())
+    assert {value.dtype for state in (first, second) for value in state.values()} == {torch.float32}
+    groups = [{"params": weights()[:1], "initial_accumulator_value": 0.7}, {"params": weights()[1:]}]
+    adagrad = bf16_updates(torch.optim.Adagrad(groups, initial_accumulator_value=0.1))
+    starts = [adagrad.state[p]["sum"].unique().tolist() for group in adagrad.param_groups for p in group["params"]]
+    assert starts == [[torch.tensor(0.7).item()], [torch.tensor(0.1).item()]]
+    widened = bf16_updates(NeedsMore(params := weights(), 1.0))
+    assert torch.equal(widened.state[params[0]]["mean"], torch.full((5, 7), 0.3, dtype=torch.bfloat16).float())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -269,7 +305,8 @@ def resume(name: str, update: Any, *, cut: int, drop: str | None = None) -> tupl
 def test_a_run_continues_from_a_file_to_the_same_bits(name: str, update: Any, cut: int) -> None:
     whole, continued, saved = resume(name, update, cut=cut)
     assert all(torch.equal(p, q) for p, q in zip(whole, continued, strict=True))
-    assert saved["bf16"] == {"update": update, "seed": 7, "steps": cut}
+    streams = {"streams": [0, 1]} if update == "sr" else {}
+    assert saved["bf16"] == {"update": update, "seed": 7, "steps": cut, **streams}
 
 
 @pytest.mark.parametrize(

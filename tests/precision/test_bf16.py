@@ -164,7 +164,9 @@ def test_a_checkpoint_continues_to_the_same_bits(tmp_path: Path, root: str, prec
     assert continued.losses == whole.losses[3:]
     assert torch.equal(parameters_of(continued), parameters_of(whole))
     saved = torch.load(file, weights_only=True)["optimizer_states"][0]
+    streams = saved["bf16"].pop("streams", [])
     assert saved["bf16"] == {"update": precision.removeprefix("bf16-"), "seed": 3, "steps": 3}
+    assert len(set(streams)) == (8 if precision == "bf16-sr" else 0)
     assert all(state["exp_avg"].dtype is torch.float32 for state in saved["state"].values())
 
 
@@ -186,6 +188,48 @@ def test_each_part_of_the_state_is_needed(tmp_path: Path, precision: str, key: s
     with told:
         continued = run_to(tmp_path, root, precision, resume=tmp_path / "broken.ckpt")
     assert not torch.equal(parameters_of(continued), parameters_of(whole))
+
+
+def _streams(hooks: dict[str, Any], root: str = "lightning.pytorch", **options: Any) -> list[list[int]]:
+    _, runner = fit(root, hooks=hooks, precision="bf16-sr", max_epochs=1, **options)
+    return [optimizer.state_dict()["bf16"]["streams"] for optimizer in runner.optimizers]
+
+
+def _manual_step(self: Any, batch: Any, batch_idx: int) -> None:
+    loss = self.loss(batch)
+    self.manual_backward(loss)
+    for optimizer in self.optimizers():
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _two_optimizers(self: Any) -> Any:
+    self.automatic_optimization = False
+    first, *rest = self.net.children()
+    return [torch.optim.SGD(first.parameters(), lr=0.1), torch.optim.SGD(nn.Sequential(*rest).parameters(), lr=0.1)]
+
+
+@every_root
+def test_optimizers_share_no_noise_and_a_parameter_keeps_its_own(root: str) -> None:
+    """By name: the same in the next run, whatever groups there are and whenever they are added."""
+    hooks = {"configure_optimizers": _two_optimizers, "training_step": _manual_step}
+    first, second = _streams(hooks, root)
+    assert len(set(first + second)) == 8
+    assert [first, second] == _streams(hooks, root)
+
+    def late_group(self: Any) -> Any:
+        return torch.optim.SGD(self.net[0].parameters(), lr=0.1)
+
+    def on_train_batch_start(self: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            for layer in (2, 4, 6):
+                self.trainer.optimizers[0].add_param_group({"params": list(self.net[layer].parameters())})
+
+    (late,) = _streams({"configure_optimizers": late_group, "on_train_batch_start": on_train_batch_start}, root)
+    (whole,) = _streams({"configure_optimizers": two_groups}, root)
+    assert late == whole
+    assert late[:2] == first
+    assert not set(late[2:]) & set(second)  # the same parameters in another optimizer
 
 
 @every_string

@@ -128,12 +128,12 @@ class Channel:
         return max(1, -(-(self._header_bytes + nbytes) // self._part_bytes))
 
     def _header(self, message: Message, sizes: Sizes, nbytes: int) -> Tensor:
-        figures = torch.tensor(message.figures, dtype=torch.float64).view(torch.int64).tolist()
+        figures = torch.tensor(message.figures, dtype=torch.float64, device="cpu").view(torch.int64).tolist()
         words = [message.kind, message.sample, len(sizes), nbytes, message.fingerprint, *figures]
         for shape, dtype, needs_grad in sizes:
             words += [_DTYPES.index(dtype), int(needs_grad), len(shape), *shape, *[0] * (_MAX_DIMS - len(shape))]
         words += [0] * (self._header_bytes // 8 - len(words))
-        return torch.tensor(words, dtype=torch.int64).view(torch.uint8)
+        return torch.tensor(words, dtype=torch.int64, device="cpu").view(torch.uint8)
 
     def settle(self, unfinished: int = 0) -> None:
         """Wait until no more than ``unfinished`` messages are still being sent; their buffers are free then."""
@@ -153,7 +153,7 @@ class Channel:
         buffer = self._next_part()
         words = buffer[: self._header_bytes].view(torch.int64).tolist()
         kind, sample, count, nbytes, fingerprint = words[:5]
-        figures = torch.tensor(words[5:_FIXED], dtype=torch.int64).view(torch.float64).tolist()
+        figures = torch.tensor(words[5:_FIXED], dtype=torch.int64, device="cpu").view(torch.float64).tolist()
         if (parts := self._parts(nbytes)) > 1:
             buffer = torch.cat([buffer, *(self._next_part() for _ in range(parts - 1))])
         if kind != END:

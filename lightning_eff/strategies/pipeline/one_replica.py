@@ -38,6 +38,6 @@ class OneReplica:
         """Whether all processes, or any, say so."""
         if not (dist.is_available() and dist.is_initialized()):
             return decision
-        votes = torch.tensor(int(decision), device=self.root_device)  # type: ignore[attr-defined]
+        votes = torch.tensor(int(decision), device=self.root_device, dtype=torch.int64)  # type: ignore[attr-defined]
         dist.all_reduce(votes)
         return int(votes) == dist.get_world_size() if all else bool(votes)

@@ -20,12 +20,12 @@ SCALARS = "bf16"
 _REMOVE = f"[state.pop({SCALARS!r}, None) for state in checkpoint['optimizer_states']]"
 
 
-def read_updates(state: Any, groups: Sequence[dict[str, Any]], update: str) -> dict[str, Any] | None:
+def read_updates(state: Any, every: Sequence[Tensor], update: str) -> dict[str, Any] | None:
     """Return the numbers under ``bf16``, or None in the state of a plain optimizer; nothing is changed.
 
     Args:
         state: what ``load_state_dict`` was given.
-        groups: of the optimizer it is for.
+        every: the parameters of the optimizer it is for.
         update: of that optimizer.
 
     Raises:
@@ -39,7 +39,9 @@ def read_updates(state: Any, groups: Sequence[dict[str, Any]], update: str) -> d
     numbers = None
     if SCALARS in state:
         numbers = read_state(UPDATES, state[SCALARS], of=f"bf16-{update}", remove=_REMOVE)
-    every = [p for group in groups for p in group["params"]]
+    if numbers is not None and numbers["streams"] is not None and len(numbers["streams"]) != len(every):
+        wrong = f"{SCALARS!r} has {len(numbers['streams'])} streams of random numbers for {len(every)} parameters."
+        raise damaged(f"bf16-{update}", wrong, remove=_REMOVE)
     for key, dtype in KEPT.values():
         for index, own in state["state"].items():
             if isinstance(own, Mapping) and key in own:
