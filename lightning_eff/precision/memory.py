@@ -61,7 +61,7 @@ class Memory:
 
 
 def learned(memories: Mapping[str, Memory], new: Mapping[str, Memory]) -> dict[str, Memory]:
-    """``memories``, with new ones for those that no optimizer step has shown anything: an evaluation leaves no trace."""
+    """``memories``, with new ones where no optimizer step has shown anything: an evaluation leaves no trace."""
     return {role: memory if memory.learned else new[role] for role, memory in memories.items()}
 
 
