@@ -64,8 +64,8 @@ class LUQFineTuningMixin(OneRunMixin):
             when it was added.
 
     Raises:
-        ConfigurationError: ``steps`` or ``base_lr`` out of range; no known number of training steps; ``max_steps``
-            together with ``max_epochs`` in manual optimization.
+        ConfigurationError: ``steps`` or ``base_lr`` out of range; no known number of training steps; in manual
+            optimization ``max_steps`` below the number of batches in ``max_epochs``.
         UnsupportedCombinationError: the Trainer's precision is not ``luq4``.
 
     State: ``start_step`` and, for each parameter group, ``start_lrs`` and ``base_lrs``.
@@ -102,9 +102,10 @@ class LUQFineTuningMixin(OneRunMixin):
             raise ConfigurationError(
                 "LUQFineTuning needs to know where training ends; set max_steps or max_epochs (and a sized dataloader)."
             )
-        if not pl_module.automatic_optimization and trainer.max_steps != -1 and trainer.max_epochs != -1:
+        batches = trainer.num_training_batches * trainer.max_epochs
+        if not pl_module.automatic_optimization and 0 <= trainer.max_steps < batches:
             raise ConfigurationError(
-                f"LUQFineTuning cannot tell where a run with manual optimization ends that has both "
+                f"LUQFineTuning cannot tell at which batch a run with manual optimization ends that has both "
                 f"max_epochs={trainer.max_epochs} and max_steps={trainer.max_steps}; give the Trainer one of them."
             )
         self._step = None
@@ -216,7 +217,8 @@ def _place(trainer: Any, batch_idx: int) -> tuple[int, float]:
     if trainer.max_epochs != -1 and math.isfinite(trainer.num_training_batches):
         steps = math.ceil(trainer.num_training_batches / micro_batches)
         left = steps * (trainer.max_epochs - trainer.current_epoch) - batch_idx // micro_batches
-        done = int(trainer.fit_loop.total_batch_idx) if manual else done
+        if manual:
+            return int(trainer.fit_loop.total_batch_idx), left
     if trainer.max_steps != -1:
         left = min(left, trainer.max_steps - done)
     return done, left
