@@ -107,7 +107,7 @@ class GradientPruningMixin(OneRunMixin):
         self._layers: dict[str, _Layer] = {}
         self._corrections: dict[str, Tensor] = {}
         self._keys: dict[str, int] = {}
-        self._step, self._measure, self._pruned = 0, False, 0
+        self._step, self._seen, self._measure, self._pruned = 0, -1, False, 0
         self._zeros: list[Tensor] = []
         self._elements = 0
 
@@ -124,7 +124,7 @@ class GradientPruningMixin(OneRunMixin):
         chosen = select_layers(pl_module, self.layers, self.exclude)
         self._seed = torch.initial_seed() & _MASK64 if self._seed is None else self._seed
         self._layers = {name: self._layers.get(name, _Layer()) for name in chosen}
-        self._keys, self._hooks = {}, OutputGradients(first=True)
+        self._keys, self._hooks, self._seen = {}, OutputGradients(first=True), -1
         self._corrections, self._pruned, self._zeros, self._elements = {}, 0, [], 0
         self._watch(chosen)
 
@@ -141,8 +141,10 @@ class GradientPruningMixin(OneRunMixin):
         if self.sparsity == 0:
             return
         fitted = max((layer.next_fit - self.refit_every_n_steps for layer in self._layers.values()), default=0)
-        self._step, every = self._steps(at_least=fitted), trainer.log_every_n_steps
-        self._measure = every > 0 and (self._step + 1) % every == 0
+        step, every = self._steps(at_least=fitted), trainer.log_every_n_steps
+        if step != self._step or self._seen < 0:  # otherwise a further micro-batch of the same step
+            self._measure = every > 0 and self._is_due(every, step, step - 1 if self._seen < 0 else self._step)
+        self._step = self._seen = step
         self._watch(select_layers(pl_module, self.layers, self.exclude, strict=False))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

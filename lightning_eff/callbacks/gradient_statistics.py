@@ -92,8 +92,8 @@ class GradientStatisticsMixin(OneRunMixin):
         step = self._steps()
         if step == self._step and self._latest:  # further micro-batches of a measured step
             return
-        self._step, self._latest = step, {}
-        if (step + 1) % self.every_n_steps == 0:
+        before, self._step, self._latest = self._step if self._step >= 0 else step - 1, step, {}
+        if self._is_due(self.every_n_steps, step, before):
             self._hooks.attach(select_layers(pl_module, self.layers, exclude=(), strict=False), self._on_gradient)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

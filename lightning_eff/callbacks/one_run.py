@@ -56,6 +56,10 @@ class OneRunMixin:
     def _forget_run(self) -> None:
         """Begin without what another run has left behind."""
 
+    def _is_due(self, every: int, step: int, before: int) -> bool:
+        """Whether one of every ``every`` steps is the next, or was since step ``before``: a batch may have several."""
+        return (step + 1) // every > (before + 1) // every
+
     def _steps(self, at_least: int = 0) -> int:
         """Optimizer steps of the whole run so far; see :meth:`Run.steps`."""
         return self._run.steps(self._own_steps, at_least=at_least)

@@ -35,15 +35,24 @@ def left_by(optimizers: Sequence[Optimizer], unchanged: Mapping[int, int]) -> Le
     return [dict(optimizer._bf16) for optimizer in ours], kept
 
 
-def hand_over(left: Left, optimizers: Sequence[Optimizer]) -> None:
-    """Give it to the new optimizers, in the same order, for the same parameters."""
+def hand_over(left: Left, optimizers: Sequence[Optimizer]) -> list[Any]:
+    """Give it to the new optimizers, in the same order, for the same parameters; return the scalars they had."""
     scalars, kept = left
+    new = [dict(optimizer._bf16) for optimizer in optimizers if isinstance(optimizer, ShadowedOptimizer)]
     for optimizer, old in zip(optimizers, scalars, strict=False):
         if isinstance(optimizer, ShadowedOptimizer) and old["update"] == optimizer.update:
             optimizer._bf16.update(old)
             for p in _parameters([optimizer]):
                 if id(p) in kept and p not in optimizer.state:
                     optimizer.state[p] = dict(kept[id(p)][1])
+    return new
+
+
+def take_back(new: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
+    """Give the optimizers their own scalars again; what was kept goes when a checkpoint's state is loaded."""
+    for optimizer, own in zip(optimizers, new, strict=False):
+        if isinstance(optimizer, ShadowedOptimizer):
+            optimizer._bf16.update(own)
 
 
 def _parameters(optimizers: Iterable[Optimizer]) -> Iterable[Tensor]:

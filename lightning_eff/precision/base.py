@@ -76,6 +76,15 @@ class QuantizedPrecisionMixin(StepsMixin):
         """Begin without what another run has left behind: its rounding stream, phase, estimates and figures."""
         self.seeds.seed, self.seeds.calls = None, 0
         self.weights_only, self._loaded, self.metrics, self._context = False, {}, {}, ""
+        self._steps, self._told = 0, False
+
+    def _restart(self) -> None:
+        """What layers have seen belongs to the state that a checkpoint replaces."""
+        self._steps = 0
+        for state in self.states().values():
+            state.memories = state.format.memories()
+        self._invalidate()
+        self._apply_state()
 
     def _put_aside(self) -> Any:
         """The rounding stream and the phase are the fit's; the estimates are of the weights, whoever loaded them."""
@@ -338,11 +347,7 @@ class QuantizedPrecisionMixin(StepsMixin):
         self.weights_only = own["phase"] == "weights_only"
         self.seeds.seed, self.seeds.calls = own.get("seed"), own.get("calls", 0)
         self._loaded = own.get("memory", {})
-        self._steps = 0
-        for state in self.states().values():  # what was seen before belongs to what is replaced
-            state.memories = state.format.memories()
-        self._invalidate()
-        self._apply_state()
+        self._restart()
         super().load_state_dict(state_dict)  # type: ignore[misc]
 
     def _apply_state(self) -> None:

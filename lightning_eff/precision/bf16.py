@@ -24,7 +24,7 @@ from lightning_eff.integration.precision import check_strategy
 from lightning_eff.integration.runs import Run
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.optim.bf16 import ShadowedOptimizer, Update, bf16_updates
-from lightning_eff.optim.handover import Left, hand_over, left_by, versions
+from lightning_eff.optim.handover import Left, hand_over, left_by, take_back, versions
 from lightning_eff.optim.steps import Closure
 from lightning_eff.precision.config import variant_of
 from lightning_eff.precision.run import RunMixin
@@ -66,11 +66,20 @@ class BF16Mixin(RunMixin):
         self._seed: int | None = None
         self._run = Run()
         self._left: Left | None = None
+        self._new: list[Any] = []
         self._versions: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the options; what a run leaves to the next is the original's."""
-        return {**self.__dict__, "_left": None, "_versions": {}}
+        return {**self.__dict__, "_left": None, "_new": [], "_versions": {}}
+
+    def _forget_run(self) -> None:
+        """Begin without what another run has left behind."""
+        self._seed, self._left = None, None
+
+    def _restart(self) -> None:
+        """Undo the handover: a checkpoint holds what the optimizers go on with."""
+        take_back(self._new, self._optimizers())
 
     # ------------------------------------------------------------------------------------------ optimizers
 
@@ -86,9 +95,8 @@ class BF16Mixin(RunMixin):
                 NoEffectWarning,
                 stacklevel=2,
             )
-        if self._left is not None:
-            hand_over(self._left, optimizers)
-            self._left = None
+        self._new = [] if self._left is None else hand_over(self._left, optimizers)
+        self._left = None
         return super().connect(model, optimizers, lr_schedulers)  # type: ignore[misc]
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +124,7 @@ class BF16Mixin(RunMixin):
 
     def teardown(self) -> None:
         """Forget the seed, the next run takes its own; note the weights that the lower halves belong to."""
-        self._seed = None
+        self._seed, self._new = None, []
         self._versions = versions(self._optimizers())
         self._end_run()
         super().teardown()  # type: ignore[misc]

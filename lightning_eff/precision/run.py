@@ -47,8 +47,17 @@ class RunMixin:
             self._take_back(self._aside)
             self._aside = None
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What a run takes up is the checkpoint's alone, also where that knows nothing of the method."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        self._forget_run()
+        self._restart()
+
     def _forget_run(self) -> None:
         """Begin without what another run has left behind."""
+
+    def _restart(self) -> None:
+        """Let the models and optimizers of this run begin with the state there is now."""
 
     def _put_aside(self) -> Any:
         """What an evaluation, which may load a checkpoint, must not change for a fit that goes on afterwards."""
