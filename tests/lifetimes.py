@@ -5,20 +5,39 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_eff.callbacks
 import lightning_eff.precision
 from lightning_eff.methods import METHODS
+from lightning_eff.optim.steps import STEPS
+from lightning_eff.precision import config
 
 BATCHES = 4
+
+
+@pytest.fixture
+def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 converts layers of any size."""
+    monkeypatch.setattr(config, "SLOW_FEATURES", 0)
+
+
+@pytest.fixture
+def no_hook_is_left() -> Iterator[None]:
+    """Nobody listens to optimizers after the test."""
+    yield
+    assert not any(STEPS._live())
+    assert not _global_optimizer_pre_hooks
+    assert not _global_optimizer_post_hooks
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,19 @@ CALLBACKS = [
     Subject("fine_tuning", "LUQFineTuning", {"steps": 2}, "luq4"),
 ]
 SUBJECTS = PRECISIONS + CALLBACKS
+_LONG = {"fp8", "fp8-rowwise", "fp6-fit", "dfp16", "bf16-emulated", "bf16-kahan", "feedback"}
+"""Those that keep no more state than another one does are tried in the long tier."""
+
+
+def every_subject(such_that: Callable[[Subject], bool] = lambda _: True, *, few: bool = False) -> Any:
+    """Try a test with every method, or with those ``such_that``; all but a ``few`` of them in the long tier."""
+    quick = {"luq4", "bf16-split", "pruning"} if few else {subject.name for subject in SUBJECTS} - _LONG
+    marked = [
+        pytest.param(subject, id=subject.name, marks=[] if subject.name in quick else [pytest.mark.long])
+        for subject in SUBJECTS
+        if such_that(subject)
+    ]
+    return pytest.mark.parametrize("subject", marked)
 
 
 class Net(LightningModule):
