@@ -172,6 +172,30 @@ def test_an_optimizer_nobody_knows_of_is_refused_where_it_would_lose_updates(sub
     assert same(model.before, outcome(model))
 
 
+@every_subject(lambda subject: not subject.is_callback and not subject.in_bfloat16)
+def test_a_raw_step_in_the_closure_of_another_is_looked_at(subject: Subject) -> None:
+    """Automatic optimization, and a second optimizer that the training step steps by itself."""
+
+    class Second(Net):
+        def on_fit_start(self) -> None:
+            self.second = torch.optim.SGD(self.net[2].parameters(), lr=0.01)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            (self.loss(batch) * (torch.nan if batch_idx == 2 else 1.0)).backward()
+            counts.append(self.trainer.precision_plugin._steps)
+            if batch_idx == 2:
+                self.before = outcome(self)
+            self.second.step()
+            self.zero_grad()
+            return super().training_step(batch, batch_idx)
+
+    model, counts = Second(), []
+    with pytest.raises(NonFiniteGradientError, match="at optimizer step 4"):
+        fit(trainer(**subject.given(subject.make())), model)
+    assert counts == [0, 2, 4]
+    assert same(model.before, outcome(model))
+
+
 def test_two_models_with_equal_names_in_one_fabric() -> None:
     """Each learns its own scales."""
     fabric = Fabric(accelerator="cpu", devices=1, precision="fp8-delayed")

@@ -4,11 +4,13 @@ Lightning tells its plugins of the steps that go through it; not of those of a r
 one that was made later, or of one it never heard of. torch calls hooks around the ``step`` of all of them. These hooks
 are the process's: a listener asks of each optimizer whether it is its own. They are there while somebody listens.
 
-A step that an optimizer takes inside the step of another (Lookahead, ZeRO) is part of that one and is not told.
+A step that an optimizer takes inside the step of another (Lookahead, ZeRO) is part of that one and is not told; one
+that is taken in its closure is a step of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -87,15 +89,23 @@ class StepHooks:
         return changed
 
     def _tell_of_beginning(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        given = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        closure = given
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         for listener in self._live():
             closure = listener.before_step(optimizer, closure)
-        if closure is given:
+        if closure is None:
             return None
+        closure = functools.partial(self._evaluate, closure)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": closure}
         return (args[0], closure, *args[2:]), kwargs
+
+    def _evaluate(self, closure: Closure) -> Any:
+        """Run ``closure``; steps in it are not inside the step that asked for it."""
+        around, self._thread.running = self._thread.running, []
+        try:
+            return closure()
+        finally:
+            self._thread.running = around
 
     def _after(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         running = self._thread.running

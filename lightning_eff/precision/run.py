@@ -76,34 +76,41 @@ class RunMixin:
 class StepsMixin(RunMixin):
     """Sees every step of every optimizer of the models once, by whichever way it is taken, before and after it."""
 
-    _steps: int
-    """Steps of this run."""
     _told = False
-    """Whether a step that Lightning tells of is under way."""
+    """Whether a step that Lightning tells of is under way, and not in its closure."""
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the optimizer. Its step is told of like any other, and here if torch has no hooks on it (DeepSpeed)."""
+        """Run the optimizer and take in what has changed."""
         engine = zero_engine(kwargs.get("model"))
         steps = engine is None or engine.is_gradient_accumulation_boundary()  # DeepSpeed accumulates by itself
+        closure = kwargs.pop("closure", None)
         if not hasattr(super(), "_after_closure"):  # Fabric does not look after a closure as the Trainer does
-            closure = self._guarded(kwargs.pop("closure", None))
-            kwargs |= {} if closure is None else {"closure": closure}
-        before, self._told = self._steps, True
+            closure = self._guarded(closure)
+        kwargs |= {} if closure is None else {"closure": partial(self._untold, closure)}
+        self._told = True
         try:
             result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._told = False
-        if steps and self._steps == before:
+        if steps:
             self._take_in_step(optimizer)
         return result
+
+    def _untold(self, closure: Closure) -> Any:
+        """Run ``closure``, in which other, raw optimizers may step."""
+        told, self._told = self._told, False
+        try:
+            return closure()
+        finally:
+            self._told = told
 
     def before_step(self, optimizer: Any, closure: Closure | None) -> Closure | None:
         """Look at the gradients of a step that does not come through Lightning."""
         return closure if self._told or not self._run.has(optimizer) else self._guarded(closure)
 
     def after_step(self, optimizer: Any) -> None:
-        """Take in a step of one of the models' optimizers, whoever asked for it."""
-        if self._run.has(optimizer):
+        """Take in a step that did not come through Lightning."""
+        if not self._told and self._run.has(optimizer):
             self._take_in_step(optimizer)
 
     def _guarded(self, closure: Closure | None) -> Closure | None:

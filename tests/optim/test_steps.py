@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_eff.optim.steps import STEPS
+from tests.lifetimes import no_hook_is_left  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("no_hook_is_left")
 
 
 class Listener:
@@ -36,8 +38,6 @@ def listener() -> Iterator[Listener]:
     STEPS.add(found)
     yield found
     STEPS.remove(found)
-    assert not _global_optimizer_pre_hooks
-    assert not _global_optimizer_post_hooks
 
 
 def optimizer(kind: Any = torch.optim.SGD) -> Any:
@@ -80,6 +80,17 @@ def test_a_step_inside_another_is_part_of_it(listener: Listener) -> None:
     outer = Lookahead(optimizer())
     outer.step()
     assert listener.told == [("before", outer), ("after", outer)]
+
+
+def test_a_step_in_a_closure_is_a_step_of_its_own(listener: Listener) -> None:
+    outer, inner = optimizer(), optimizer()
+    outer.step(lambda: (inner.step(), torch.zeros(()))[1])
+    assert [found for name, found in listener.told if name == "after"] == [inner, outer]
+    listener.told.clear()
+    with pytest.raises(ZeroDivisionError):
+        outer.step(lambda: (inner.step(), 1 / 0)[1])
+    outer.step()
+    assert [found for name, found in listener.told if name == "after"] == [inner, outer]
 
 
 def test_a_step_that_raised_is_over(listener: Listener) -> None:
