@@ -5,6 +5,7 @@ A row of the table is something people do with a Trainer; it is tried with every
 
 from __future__ import annotations
 
+import functools
 import pickle
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.tuner import Tuner
 
+from lightning_eff.precision import FP8Precision, LUQPrecision
 from tests.lifetimes import (  # noqa: F401
     At,
     Net,
@@ -172,6 +174,20 @@ def test_a_thread_is_like_the_main_thread(subject: Subject) -> None:
     thread.start()
     thread.join()
     assert same(found[0], new_run(subject, subject.make()))
+
+
+def test_two_fits_in_threads_do_not_hear_of_each_others_steps() -> None:
+    makes = [functools.partial(LUQPrecision, hindsight=0.5), functools.partial(FP8Precision, scaling="delayed")]
+    runs = [(trainer(plugins=[make()], max_epochs=4), Net()) for make in makes]
+    threads = [threading.Thread(target=fit, args=run) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for make, (runner, model) in zip(makes, runs, strict=True):
+        alone, instance = Net(), make()
+        fit(trainer(plugins=[instance], max_epochs=4), alone)
+        assert same(outcome(model, runner.precision_plugin), outcome(alone, instance))
 
 
 # ------------------------------------------------------------------------------------------ a run that goes on

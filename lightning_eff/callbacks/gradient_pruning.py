@@ -75,7 +75,8 @@ class GradientPruningMixin(OneRunMixin):
             backward, gradients of gradients.
 
     State: ``seed``, and ``ranks``: for each rank the threshold, deviation, next fit, correction and call count of each
-    layer. Randomness: seeds follow from ``torch.initial_seed()`` and the call count; nothing is drawn from torch.
+    layer, all of one run. Randomness: seeds follow from ``torch.initial_seed()`` and the call count; nothing is drawn
+    from torch.
     """
 
     info: ClassVar[MethodInfo] = METHODS["gradient_pruning"]
