@@ -96,6 +96,11 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         self._scales: dict[str, float] = {}
         self._begin(FlexpointConfig(**options))
 
+    def _forget_run(self) -> None:
+        """See the base class; what was written belongs to the model it was written for."""
+        super()._forget_run()
+        self._weights, self._scales = {}, {}
+
     # ------------------------------------------------------------------------------------------ weights in 16 bits
 
     def _after_step(self, optimizer: Any) -> None:
@@ -154,7 +159,7 @@ class FlexpointMixin(QuantizedPrecisionMixin):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See the class."""
         own = state_dict["weights"]
-        self._scales = dict(own["scales"])
+        self._scales, self._weights = dict(own["scales"]), {}
         for name, values in own["memory"].items():
             self._weights[name] = Memory(self.config.autoflex())
             self._weights[name].estimate.load_state_dict(values)
