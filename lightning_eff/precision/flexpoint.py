@@ -96,6 +96,11 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         self._scales: dict[str, float] = {}
         self._begin(FlexpointConfig(**options))
 
+    def _forget_run(self) -> None:
+        """See the base class; what was written belongs to the model it was written for."""
+        super()._forget_run()
+        self._weights, self._scales = {}, {}
+
     # ------------------------------------------------------------------------------------------ weights in 16 bits
 
     def _after_step(self, optimizer: Any) -> None:
