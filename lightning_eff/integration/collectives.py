@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_eff.errors import UnsupportedCombinationError
+from lightning_eff.integration.patches import Undo, replaced
 
 __all__ = ["GradientSum", "compare_logs_between_ranks", "look_for_sigterm_once_per_window"]
 
@@ -150,24 +151,29 @@ def _fill(bucket: _Bucket, factor: float) -> None:
             torch.mul(grad, factor, out=part)
 
 
-def look_for_sigterm_once_per_window(trainer: Any) -> None:
+def look_for_sigterm_once_per_window(trainer: Any) -> Undo:
     """Let Lightning ask for SIGTERM on other ranks once per optimizer step instead of once per micro-batch.
 
     Since 2.5.2 every micro-batch begins with a broadcast from rank 0; a straggler there makes all ranks wait.
+    Lightning's own also passes over any error of that broadcast, and with it over a lost rank.
     """
     loop = trainer.fit_loop.epoch_loop
     ask = getattr(type(loop), "_broadcast_sigterm_tensor", None)
     if ask is None:
-        return
+        return lambda: None
 
     def once_per_window() -> None:
-        if loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0:
-            ask(loop)
+        if loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
+            return
+        received = torch.tensor([int(trainer.received_sigterm)], device=trainer.strategy.root_device)
+        dist.broadcast(received, src=0)
+        if int(received):
+            ask(loop)  # on every rank: it raises what ends the run
 
-    loop._broadcast_sigterm_tensor = once_per_window
+    return replaced(loop, "_broadcast_sigterm_tensor", once_per_window)
 
 
-def compare_logs_between_ranks(trainer: Any, method: str) -> None:
+def compare_logs_between_ranks(trainer: Any, method: str) -> Undo:
     """At the end of an epoch, make sure that all ranks have logged the same values before Lightning averages them.
 
     Lightning takes the mean over the ranks of one value after the other, in the order in which they were first logged.
@@ -185,7 +191,7 @@ def compare_logs_between_ranks(trainer: Any, method: str) -> None:
             _bring_in_one_order(trainer.fit_loop._results, method)
         end(connector)
 
-    connector.epoch_end_reached = compare_first
+    return replaced(connector, "epoch_end_reached", compare_first)
 
 
 def _bring_in_one_order(results: Any, method: str) -> None:

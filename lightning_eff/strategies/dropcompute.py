@@ -31,9 +31,10 @@ from lightning_eff.functional.dropcompute import Normalize, gradient_factor
 from lightning_eff.functional.dropcompute_model import best_threshold
 from lightning_eff.functional.timings import write_timings
 from lightning_eff.integration import collectives
-from lightning_eff.integration.roll_call import RollCall
+from lightning_eff.integration.patches import Undo
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.strategies.guard import CollectiveGuard
+from lightning_eff.strategies.meetings import Meetings
 from lightning_eff.strategies.window import Clock, HeldClock, Measured, Tally, Window
 
 UNSETTLED_STEPS = 5
@@ -41,7 +42,7 @@ UNSETTLED_STEPS = 5
 KEY = "DropComputeStrategy"
 
 
-class DropComputeMixin(HeldClock, CollectiveGuard):
+class DropComputeMixin(HeldClock, CollectiveGuard, Meetings):
     """Synchronous data parallelism with bounded compute time: late ranks drop micro-batches, nobody waits for them.
 
     Every rank computes the micro-batches of an optimizer step (``accumulate_grad_batches`` of them) until its compute
@@ -124,6 +125,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         self._measuring_until = warmup_steps if automatic else 0
         self._unsettled_until = UNSETTLED_STEPS
         self._trainer: Any = None
+        self._undo: list[Undo] = []
         self._sum: collectives.GradientSum | None = None
         self._clock, self._window = Clock(torch.device("cpu")), Window()
         self._steps = 0
@@ -148,8 +150,10 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         self._window = Window(started=self._clock.now())
         # A second fit begins with what the first has added to max_steps.
         self._max_steps, self._made_good = trainer.fit_loop.epoch_loop.max_steps, self._total.dropped
-        collectives.look_for_sigterm_once_per_window(trainer)
-        collectives.compare_logs_between_ranks(trainer, self.info.name)
+        self._undo = [
+            collectives.look_for_sigterm_once_per_window(trainer),
+            collectives.compare_logs_between_ranks(trainer, self.info.name),
+        ]
 
     def _refuse(self, trainer: Any) -> None:
         if getattr(self, "_layer_sync", None) is not None:
@@ -178,7 +182,6 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         """Give every rank the weights of rank 0. The wrapper would reduce in a backward that a rank may drop."""
         from torch.distributed.utils import _sync_module_states
 
-        self._roll_call = RollCall(self.info.name)
         model: nn.Module = self.model  # type: ignore[attr-defined]
         group: Any = dist.group.WORLD
         _sync_module_states(model, group, 250 << 20, src=0, params_and_buffers_to_ignore=[])
@@ -244,7 +247,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
             self._sum = collectives.GradientSum(parameters, 2 * world)
         numbers = [0.0] * (2 * world)
         numbers[rank], numbers[world + rank] = len(window.times), sum(window.times)
-        sums = self._sum(numbers, within=self._roll_call(f"optimizer step {self._steps}"))
+        sums = self._sum(numbers, within=self._meeting(f"optimizer step {self._steps}"))
         self._counts, self._elapsed_s = sums[:world], sums[world:]
         self._check_finite()
         factor = 1.0
@@ -294,7 +297,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
     def _sync_buffers(self) -> None:
         """Running statistics are those of rank 0 at the beginning of every step, as in DistributedDataParallel."""
         if buffers := [buffer.detach() for buffer in self.lightning_module.buffers()]:  # type: ignore[attr-defined]
-            with self._roll_call(f"the end of optimizer step {self._steps}"):
+            with self._meeting(f"the end of optimizer step {self._steps}"):
                 dist._broadcast_coalesced(dist.distributed_c10d._get_default_group(), buffers, 250 << 20, 0)
 
     def _compensate(self) -> None:
@@ -367,6 +370,9 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
                 highlight=False,
             )
         self._run, self._recent, self._sum = Tally(), Tally(), None
+        for undo in reversed(self._undo):
+            undo()
+        self._undo = []
         super().teardown()  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from lightning_eff.errors import EffWarning
 from lightning_eff.functional.pipelined_bp import delay
-from lightning_eff.integration.roll_call import RollCall
+from lightning_eff.integration.collectives import look_for_sigterm_once_per_window
+from lightning_eff.integration.patches import Undo, replaced
 from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.strategies.meetings import Meetings
 from lightning_eff.strategies.pipeline import gather, hooks, refusals
 from lightning_eff.strategies.pipeline.cut import Cut, cut, cut_table
 from lightning_eff.strategies.pipeline.layers import find_stack
@@ -37,7 +39,7 @@ from lightning_eff.strategies.pipeline.weights import Stage, Weights
 KEY = "PipelinedBPStrategy"
 
 
-class PipelinedBPMixin(OneReplica):
+class PipelinedBPMixin(OneReplica, Meetings):
     """Pipeline parallelism without bubble: every stage updates as soon as a gradient arrives, and allows for the delay.
 
     The layers of one stack are cut into stages, one or more per process. Stage s of S runs sample i forward with
@@ -104,7 +106,7 @@ class PipelinedBPMixin(OneReplica):
         self._runner: Runner | None = None
         self._gathered: gather.Gathered | None = None
         self._loaded: dict[str, Any] | None = None
-        self._undo: list[hooks.Undo] = []
+        self._undo: list[Undo] = []
         self._draining = False
         self._fingerprint = 0
 
@@ -136,20 +138,20 @@ class PipelinedBPMixin(OneReplica):
             self._layer_sync = None  # of SyncBatchNorm: with one replica its batch is the whole batch
         super().setup(trainer)  # type: ignore[misc]
         # Lightning takes every DDPStrategy for one that shares samples out, and would put its own sampler in.
-        self._undo = [hooks.replaced(trainer._accelerator_connector, "use_distributed_sampler", False)]
+        self._undo = [replaced(trainer._accelerator_connector, "use_distributed_sampler", False)]
         if fits and self._pipelines:
             model = self.lightning_module  # type: ignore[attr-defined]
             refusals.refuse_optimizers(self.optimizers)  # type: ignore[attr-defined]
             refusals.refuse_memories(self.precision_plugin, self.positions)  # type: ignore[attr-defined]
             self._scheduler_steps = hooks.SchedulerSteps(model, self._weights)
             self._undo += [
+                look_for_sigterm_once_per_window(trainer),
                 self._scheduler_steps.undo,
                 hooks.keep_metrics_local(model),
                 hooks.at_epoch_end(trainer, self._epoch_ends),
                 hooks.before_validation(trainer, self._drain),
                 hooks.clip_by_stage(self.precision_plugin, self._weights),  # type: ignore[attr-defined]
             ]
-            self._roll = RollCall("pipelined_bp")
             if self.positions > 1:
                 same_on_all_ranks()
 
@@ -161,7 +163,7 @@ class PipelinedBPMixin(OneReplica):
         """Split the batches of the training loader, if asked for."""
         if self.micro_batch_size and self._trainer is not None and self._trainer.training:
             dataloader = hooks.with_batch_size(dataloader, self.micro_batch_size)
-        hooks.seed_workers_alike(dataloader, type(self._trainer).__module__)
+        self._loaders.append(hooks.seed_workers_alike(dataloader, type(self._trainer).__module__))
         return super().process_dataloader(dataloader)  # type: ignore[misc]
 
     def _begin(self, step: Callable[[], Any]) -> Runner:
@@ -187,7 +189,7 @@ class PipelinedBPMixin(OneReplica):
             ]
             return stack.name, seen, where, drawn_seed(), curved
 
-        first = self._roll("the first micro-batch") if self.positions > 1 else nullcontext()
+        first = self._meeting("the first micro-batch")
         with hooks.precision_unchanged(self.precision_plugin):  # type: ignore[attr-defined]
             name, seen, where, seed, curved = gather.told_by_rank_0(found, within=first)
         stack = find_stack(model, name if self.module is None and name else self.module, stages=where.stages)
@@ -208,7 +210,8 @@ class PipelinedBPMixin(OneReplica):
             self._go_on(weights, loaded, [stack.names[i] for i in where.starts])
         self._gathered = gather.Gathered(model, optimizer, where, position)
         streams = Randomness(seed, device)
-        return Runner(stack, seen, where, weights, streams, timeout=self._wait, roll=self._roll)
+        roll: Any = self._roll_call
+        return Runner(stack, seen, where, weights, streams, timeout=self._wait, roll=roll)
 
     def _go_on(self, weights: Weights, loaded: dict[str, Any], starts: list[str]) -> None:
         before = [loaded["layers"][i] for i in loaded["starts"]]
@@ -317,9 +320,8 @@ class PipelinedBPMixin(OneReplica):
     def _together(self, where: str) -> AbstractContextManager[None]:
         return nullcontext() if self._runner is None else self._runner.together(where)
 
-    def on_exception(self, exception: BaseException) -> None:
-        """Let the other ranks learn of an error here at once, also where this process lives on."""
-        super().on_exception(exception)  # type: ignore[misc]
+    def _let_go(self) -> None:
+        """Close the connections to the neighbours."""
         if self._runner is not None:
             self._runner.abandon()
 
@@ -367,6 +369,7 @@ class PipelinedBPMixin(OneReplica):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole model's, every update made."""
+        refusals.refuse_after_error(self._after_error)
         self._meet()
         return super().lightning_module_state_dict()  # type: ignore[misc,no-any-return]
 

@@ -39,5 +39,6 @@ class OneReplica:
         if not (dist.is_available() and dist.is_initialized()):
             return decision
         votes = torch.tensor(int(decision), device=self.root_device)  # type: ignore[attr-defined]
-        dist.all_reduce(votes)
+        with self._meeting("a decision"):  # type: ignore[attr-defined]
+            dist.all_reduce(votes)
         return int(votes) == dist.get_world_size() if all else bool(votes)

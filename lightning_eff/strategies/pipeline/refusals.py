@@ -15,6 +15,7 @@ from lightning_eff.errors import (
     EffWarning,
     NoEffectWarning,
     NonFiniteGradientError,
+    RankLostError,
     UnsupportedCombinationError,
 )
 from lightning_eff.functional import stability
@@ -165,6 +166,19 @@ def refuse_memories(plugin: Any, positions: int) -> None:
             f"'pipelined_bp' over {positions} processes cannot be combined with {plugin.info.name!r}, whose layers "
             "predict scales from the steps before: a resumed run would go on from other ones. Use one process "
             "(stages=...), or a precision without memory: 'luq4', 'fp8-rowwise', 'dfp16', 'bf16-emulated'."
+        )
+
+
+def refuse_after_error(left: Any) -> None:
+    """Raise if this rank has left the others: the weights of their stages are not to be had.
+
+    Raises:
+        RankLostError: ``left`` is not None.
+    """
+    if left is not None and left.world > 1:
+        raise RankLostError(
+            f"pipelined_bp: no checkpoint can be made after an error: rank {left.rank} holds the weights of its own "
+            "stages alone. Save checkpoints while the run goes on (ModelCheckpoint)."
         )
 
 
