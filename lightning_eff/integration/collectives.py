@@ -66,6 +66,7 @@ class GradientSum:
 
     def __init__(self, parameters: Iterable[nn.Parameter], numbers: int, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
+        self._forms = [(p.shape, p.dtype, p.device) for p in self.parameters]
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         groups = _buckets(self.parameters, bucket_bytes)
         first = next((i for i, group in enumerate(groups) if group[0].dtype is torch.float32), None)
@@ -78,6 +79,13 @@ class GradientSum:
             dtype = group[0].dtype if group else torch.float32
             self.buckets.append(_Bucket(group, torch.zeros(size, dtype=dtype, device=device)))
         self._carrier = self.buckets[first]
+
+    def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether it was made for these, and they have not become others since: moved, resized, of another dtype."""
+        return len(parameters) == len(self.parameters) and all(
+            p is mine and (p.shape, p.dtype, p.device) == form
+            for p, mine, form in zip(parameters, self.parameters, self._forms, strict=True)
+        )
 
     def __call__(self, numbers: Sequence[float], within: AbstractContextManager[None] | None = None) -> list[float]:
         """Sum over the ranks; return the sums of ``numbers``. :meth:`write_back` gives the gradients.

@@ -36,13 +36,12 @@ class Meetings:
     _roll_call: RollCall | None = None
     _after_error: RollCall | None = None
     _formed_here = False
-    _loaders: list[Undo]
+    _undo: list[Undo]
 
     # ------------------------------------------------------------------------------------------ the start
 
     def setup_distributed(self) -> None:
         """Bring the ranks together within ``timeout_s``, and name those that do not come."""
-        self._loaders = []
         world = int(self.num_nodes * self.num_processes)  # type: ignore[attr-defined]
         if world > 1 and not dist.is_initialized():
             self._form(world)
@@ -133,10 +132,10 @@ class Meetings:
         """Close what connections a strategy has besides the default group's."""
 
     def teardown(self) -> None:
-        """Put the loaders back as they were."""
-        for undo in reversed(getattr(self, "_loaders", [])):
+        """Put back what was exchanged for the run."""
+        for undo in reversed(self._undo):
             undo()
-        self._loaders = []
+        self._undo = []
         if self._roll_call is not None:
             self._roll_call.note_end()
         super().teardown()  # type: ignore[misc]
@@ -146,7 +145,7 @@ class Meetings:
         several = self._roll_call is not None and self._roll_call.world > 1
         if several and bool(getattr(dataloader, "num_workers", False)) and hasattr(dataloader, "worker_init_fn"):
             ending = EndWithParent(dataloader.worker_init_fn)
-            self._loaders.append(replaced(dataloader, "worker_init_fn", ending))
+            self._undo.append(replaced(dataloader, "worker_init_fn", ending))
         return super().process_dataloader(dataloader)  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------ meetings

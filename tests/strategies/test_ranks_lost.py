@@ -69,7 +69,9 @@ def _hooks(reach: Callable[[str], None], strategy: str) -> dict[str, Any]:
     def on_train_end(self: Any) -> None:
         reach("train end")
 
-    return {hook.__name__: hook for hook in (setup, validation_step, on_save_checkpoint, on_train_epoch_end, on_train_end)}
+    return {
+        hook.__name__: hook for hook in (setup, validation_step, on_save_checkpoint, on_train_epoch_end, on_train_end)
+    }
 
 
 def _logger(reach: Callable[[str], None]) -> Any:

@@ -11,6 +11,22 @@ import torch.distributed as dist
 class OneReplica:
     """World size 1 for whoever asks: the same batches everywhere, nothing to reduce; barriers and broadcasts real."""
 
+    stages: Any
+
+    @property
+    def positions(self) -> int:
+        """P, processes the model is spread over."""
+        return int(self.num_processes * self.num_nodes)  # type: ignore[attr-defined]
+
+    @property
+    def num_stages(self) -> Any:
+        """What ``stages`` asks for: a number, "layers" or names."""
+        return self.positions if self.stages in (None, "auto") else self.stages
+
+    @property
+    def _pipelines(self) -> bool:
+        return bool(self.num_stages != 1)
+
     @property
     def world_size(self) -> int:
         """Data-parallel replicas."""
