@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,6 +19,9 @@ from lightning_eff.integration.roll_call import RollCall
 __all__ = ["forget_collectives", "form_group", "is_ours"]
 
 _FORMED = "lightning_eff/formed"
+_PAUSE_S = 0.05
+_LEFT: list[tuple[str, int, Any]] = []
+"""Address and store of the last group this process was in: at most one. A group is a process's, not a strategy's."""
 
 
 def form_group(
@@ -39,26 +45,51 @@ def form_group(
     host, port = environment.main_address, environment.main_port
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     keeps = rank == 0 and not agent
-    try:
-        tcp = dist.TCPStore(
-            host, port, is_master=keeps, timeout=timeout, wait_for_workers=False, multi_tenant=not agent
-        )
-    except RuntimeError as error:
-        if keeps:  # the address is not to be had; the error says so
-            raise
-        keeper = "torchrun's agent" if agent else "rank 0"
-        raise RankLostError(
-            f"{name}: rank {rank} cannot start, because {keeper} is missing: nobody answers at {host}:{port} within "
-            f"timeout_s={timeout.total_seconds():g}, which limits the start as well. Look for an error in its output."
-        ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    number = tcp.add(f"lightning_eff/{attempt}/{rank}", 1)
+    key = f"lightning_eff/{attempt}/{rank}"
+    tcp, number = _left_store(host, port, key)
+    if tcp is None:
+        if not keeps and not _answers(host, port, timeout.total_seconds()):
+            keeper = "torchrun's agent" if agent else "rank 0"
+            raise RankLostError(
+                f"{name}: rank {rank} cannot start, because {keeper} is missing: nobody answers at {host}:{port} "
+                f"within timeout_s={timeout.total_seconds():g}, which limits the start as well. Look for an error in "
+                "its output."
+            )
+        kept = {"is_master": keeps, "multi_tenant": not agent}
+        tcp = dist.TCPStore(host, port, timeout=timeout, wait_for_workers=False, **kept)
+        _LEFT[:] = [(host, port, tcp)]
+        number = tcp.add(key, 1)
     store = dist.PrefixStore(f"lightning_eff/{attempt}/{number}", tcp)
     roll_call = RollCall(name, store=store, rank=rank, world=world)
     roll_call.wait_for_all("the start", timeout.total_seconds())
     with roll_call("the start, forming the process group"):
         form(dist.PrefixStore("group", store))
     dist.distributed_c10d._get_default_store().set(f"{_FORMED}/{rank}", "")
+
+
+def _left_store(host: str, port: int, key: str) -> tuple[Any, int]:
+    """The store of the group before, if it is of this address and still answers, and the number of the new group.
+
+    A new one in its place might be found by one rank and not by another, which is still connected to the old one.
+    """
+    for address, number, store in _LEFT:
+        if (address, number) == (host, port):
+            with contextlib.suppress(RuntimeError):
+                return store, store.add(key, 1)
+    _LEFT.clear()
+    return None, 0
+
+
+def _answers(host: str, port: int, within_s: float) -> bool:
+    """Whether somebody listens there; torch's own client tries for up to three times as long as it is told to."""
+    deadline = time.monotonic() + within_s
+    while (left_s := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, port), timeout=left_s).close()
+            return True
+        time.sleep(min(_PAUSE_S, left_s))
+    return False
 
 
 def is_ours() -> bool:

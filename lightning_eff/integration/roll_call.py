@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -159,7 +159,7 @@ class RollCall:
         """Wait until every rank has noted its beginning, before there is a process group.
 
         Raises:
-            RankLostError: one has not after ``timeout_s``, or its process has ended.
+            RankLostError: one has not after ``timeout_s``, or has left again.
         """
         deadline, pause_s = time.monotonic() + timeout_s, 0.005
         while True:
@@ -167,13 +167,14 @@ class RollCall:
             if isinstance(seen, str):
                 raise RankLostError(f"{self.name}: the ranks did not come together at {where}. {seen}")
             never = [rank for rank, one in enumerate(seen) if not one.run]
-            dead = [rank for rank, one in enumerate(seen) if one.run and lives(one.process) is False]
-            if not never and not dead:
+            left = [rank for rank, one in enumerate(seen) if one.run and (one.end or lives(one.process) is False)]
+            if not never and not left:
                 return
-            if dead or time.monotonic() > deadline:
+            if left or time.monotonic() > deadline:
+                self._note_end(_WAITED, where)  # gloo, once it has tried in vain to connect, is of no use any more
                 raise RankLostError(
                     f"{self.name}: the ranks did not come together at {where}, where rank {self.rank} was. "
-                    f"{self._told(dead or never, seen)} (timeout_s={timeout_s:g} limits the start as well: what a rank "
+                    f"{self._told(left or never, seen)} (timeout_s={timeout_s:g} limits the start as well: what a rank "
                     "does before it joins, its imports for instance, has to fit in.)"
                 )
             time.sleep(pause_s)
@@ -204,10 +205,8 @@ class RollCall:
     def _set_if_kept(self, key: str, note: str) -> None:
         if self._store is None:
             return
-        try:
+        with suppress(RuntimeError):  # with the store gone there is nobody to tell
             self._store.set(key, note)
-        except RuntimeError:  # with the store gone there is nobody to tell
-            self._store = None
 
     def _read(self) -> list[_Seen] | str:
         """What every rank has noted; or who keeps the store, and that it does not answer."""
@@ -258,6 +257,8 @@ def _fate(one: _Seen) -> str:
     """What became of a rank, as far as is known here."""
     if one.end == _RAISED:
         return f", which {one.why}"
+    if one.end == _WAITED:
+        return f", which had given up waiting at {one.why}"
     alive = lives(one.process) if one.process else None
     if alive is None:
         return ""

@@ -88,10 +88,19 @@ class Meetings:
             if roll_call is None or roll_call.world == 1 or type(error).__name__ in _NOT_ERRORS:
                 raise
             told = self._translated(error, roll_call)
-            self._leave(told or error, roll_call)
+            self._leave_whatever_comes(error, roll_call)
             if told is None:
                 raise
             raise told from error
+
+    def _leave_whatever_comes(self, error: BaseException, roll_call: RollCall) -> None:
+        """Leave, though torch's signal handler raises the death of a loader worker wherever it is told of it."""
+        try:
+            self._leave(error, roll_call)
+        except RuntimeError as another:
+            if not lost_a_loader_worker(another):
+                raise
+            self._leave_whatever_comes(error, roll_call)
 
     def _translated(self, error: BaseException, roll_call: RollCall) -> RankLostError | None:
         """The error that names the rank, if this one does not."""
@@ -119,7 +128,7 @@ class Meetings:
 
     def _leave(self, error: BaseException, roll_call: RollCall) -> None:
         """Tell the others why, then close the connections: they fail at once instead of waiting."""
-        if not isinstance(error, RankLostError) or lost_a_loader_worker(error.__cause__ or error):
+        if not isinstance(error, RankLostError) and not is_of_a_collective(error):
             roll_call.note_error(error)
         forget_collectives(error)
         self._roll_call, self._after_error = None, roll_call  # it keeps the store for as long as others may read it

@@ -5,6 +5,7 @@ The training steps themselves are in ``test_dropcompute_faults.py`` and ``test_p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -210,7 +211,7 @@ EVERY += [(strategy, "die", 1, "loader workers live on") for strategy in STRATEG
 
 @pytest.mark.parametrize("case", [*SOME, *(pytest.param(c, marks=LONG) for c in EVERY if c not in SOME)], ids=str)
 def test_a_lost_rank_is_named_wherever_ranks_meet(tmp_path: Path, case: Case) -> None:
-    strategy, kind, victim, place = case
+    _, kind, victim, _ = case
     error = _lose(tmp_path, *case)
     told = _told(error, 1 - victim)
     if kind == "raise":
@@ -222,3 +223,122 @@ def test_a_lost_rank_is_named_wherever_ranks_meet(tmp_path: Path, case: Case) ->
     if kind == "hang":
         assert f"rank {victim} (last seen at" in told
         assert ", alive, and there for" in told
+
+
+# ---------------------------------------------------------------------------------------------------- loader workers
+
+
+@pytest.mark.parametrize(
+    ("strategy", "victim"),
+    [
+        ("dropcompute", 1),
+        *(pytest.param(s, v, marks=LONG) for s in STRATEGIES for v in (0, 1) if (s, v) != (STRATEGIES[0], 1)),
+    ],
+)
+def test_a_killed_loader_worker_is_told_with_its_rank_on_every_rank(tmp_path: Path, strategy: str, victim: int) -> None:
+    error = _lose(tmp_path, strategy, "die", victim, "loader worker")
+    assert error.failures == {0: "RankLostError", 1: "RankLostError"}
+    assert "which lost a loader worker: " in _told(error, 1 - victim)
+    assert f"rank {victim} lost a loader worker (" in str(error)
+
+
+# ---------------------------------------------------------------------------------------------------- the start
+
+
+def _start(rank: int, world: int, folder: str, strategy: str, kind: str, victim: int) -> None:
+    used, model, train, _ = _parts(strategy, rank, world, {}, timeout_s=TIMEOUT_S)
+    began = time.time()
+    if rank == victim:
+        _fail(Path(folder), kind)
+    try:
+        models.trainer(used, devices=world).fit(model, train)
+    except BaseException:
+        (Path(folder) / f"seen-{rank}").write_text(str(time.time() - began))
+        raise
+
+
+@pytest.mark.parametrize(
+    ("strategy", "victim"),
+    [("dropcompute", 1), ("dropcompute", 0), *(pytest.param("pipelined_bp", v, marks=LONG) for v in (0, 1))],
+)
+def test_a_rank_that_never_comes_is_named_after_the_timeout_of_the_start(
+    tmp_path: Path, strategy: str, victim: int
+) -> None:
+    run_ranks(_import_everything, 2, str(tmp_path))
+    with pytest.raises(RanksFailedError) as caught:
+        run_ranks(_start, 2, str(tmp_path), strategy, "hang", victim, init_group=False, timeout_s=30.0)
+    assert TIMEOUT_S * 0.9 < float((tmp_path / f"seen-{1 - victim}").read_text()) < TIMEOUT_S + REPORTED_S
+    told = _told(caught.value, 1 - victim)
+    assert "Missing: rank 1 (never seen)" in told if victim else "rank 0 is missing" in told
+    assert f"timeout_s={TIMEOUT_S:g}" in told
+    assert "limits the start as well" in told
+
+
+# ---------------------------------------------------------------------------------------------------- three ranks
+
+
+@pytest.mark.parametrize("kind", [pytest.param("die", marks=LONG), pytest.param("hang", marks=LONG), "raise"])
+def test_who_does_not_wait_for_the_lost_rank_itself_names_it_as_well(tmp_path: Path, kind: str) -> None:
+    """Connections are closed by whoever has given up, so that the others need not wait for the timeout."""
+    error = _lose(tmp_path, "dropcompute", kind, 1, "metric", world=3)
+    for rank in (0, 2):
+        assert "Missing: rank 1 (last seen at" in _told(error, rank), _told(error, rank)
+
+
+# ---------------------------------------------------------------------------------------------------- no faults
+
+WAIT_S = 1.2
+"""A rank is late by that, which is less than the timeout; and longer than anything a roll call waits for."""
+
+
+def _waits(rank: int, world: int, folder: str, strategy: str) -> int:
+    """Rank 0 takes long to write a checkpoint and to log, rank 1 to validate and to load."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    late = {("checkpoint", 0), ("logger", 0), ("validation", 1), ("setup", 1)}
+
+    def reach(here: str) -> None:
+        if (here, rank) in late:
+            late.remove((here, rank))
+            time.sleep(WAIT_S)
+
+    used, model, train, val = _parts(strategy, rank, world, _hooks(reach, strategy), timeout_s=20.0)
+    runner = Trainer(
+        strategy=used, accelerator="cpu", devices=world, max_epochs=1, log_every_n_steps=1, logger=_logger(reach),
+        callbacks=[ModelCheckpoint(folder)], use_distributed_sampler=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    runner.fit(model, train, val)
+    return len([place for place, who in late if who == rank])
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("dropcompute", marks=LONG), pytest.param("pipelined_bp", marks=LONG)]
+)
+def test_nobody_is_accused_of_what_takes_long(tmp_path: Path, strategy: str) -> None:
+    assert run_ranks(_waits, 2, str(tmp_path), strategy, init_group=False) == [0, 0]
+
+
+def _again(rank: int, world: int, strategy: str) -> list[float]:
+    """A fit that fails on rank 1 alone, and one after it in the same processes: over a group formed anew."""
+    done = []
+    for fails in (True, False, False):
+
+        def on_train_batch_start(self: Any, batch: Any, batch_idx: int, fails: bool = fails) -> None:
+            if fails and rank == 1 and batch_idx == 3:
+                raise OwnError("of the user's code")
+
+        used, model, train, val = _parts(strategy, rank, world, {"on_train_batch_start": on_train_batch_start})
+        with pytest.raises((OwnError,) if rank == 1 else (RankLostError,)) if fails else contextlib.nullcontext():
+            models.trainer(used, devices=world, val_check_interval=1.0).fit(model, train, val)
+        if not fails:
+            done.append(float(models.parameters_of(model).sum()))
+    return done
+
+
+@pytest.mark.parametrize("strategy", ["dropcompute", pytest.param("pipelined_bp", marks=LONG)])
+def test_ranks_that_caught_the_error_train_together_again(strategy: str) -> None:
+    first, second = run_ranks(_again, 2, strategy, init_group=False)
+    assert first == second
+    assert first[0] == first[1]
