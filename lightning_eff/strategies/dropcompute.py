@@ -66,10 +66,12 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
         on_nonfinite: ``"raise"`` on every rank before a NaN or Inf gradient reaches a parameter, or ``"warn"``. With
             fp16's loss scaler, which skips such steps, nothing is checked.
         process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
-        timeout_s: seconds after which a collective that a rank does not join fails on the others, and names it (gloo).
+        timeout_s: seconds after which a collective that a rank does not join fails on the others, and names it (gloo);
+            also how long ranks wait for each other at the start.
 
     Raises:
         ConfigurationError: an option is outside its range.
+        RankLostError: another rank has raised, ended or hangs, wherever ranks meet.
         UnsupportedCombinationError: SyncBatchNorm, manual optimization, or a collective inside ``training_step``: other
             ranks may have dropped the micro-batch that would answer.
 

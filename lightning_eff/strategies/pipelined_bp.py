@@ -66,7 +66,7 @@ class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
         on_nonfinite: ``"raise"`` before a NaN or Inf gradient reaches a parameter, or ``"warn"``.
         schedule_picture: save a picture of the schedule beside the logs, or in ``default_root_dir``.
         process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
-        timeout_s: seconds after which a message that does not come is an error.
+        timeout_s: seconds after which a message that does not come, or a rank at the start, is an error.
 
     Raises:
         ConfigurationError: an option is outside its range, or the model has no such stack.
