@@ -85,6 +85,11 @@ class Gathered:
             for foreign in [p for p in optimizer.state if id(p) not in mine]:
                 del optimizer.state[foreign]
 
+    def give_back(self) -> None:
+        """Put all parameters into the optimizer again: it may be used for another run."""
+        for group, whole in zip(self._optimizer.param_groups, self._whole, strict=False):  # groups may have been added
+            group["params"][:] = whole
+
     @torch.no_grad()
     def weights(self) -> None:
         """Give every rank the weights and buffers of their owners."""
