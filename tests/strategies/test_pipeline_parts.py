@@ -186,7 +186,8 @@ def _every_optimizer() -> dict[str, tuple[Any, dict[str, Any]]]:
     made = {name: (kind, {}) for name, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)}
     ways: list[dict[str, Any]] = [{"maximize": True}, {"foreach": True}, {"weight_decay": 0.1}]
     sgd: list[dict[str, Any]] = [{"nesterov": True}, {"dampening": 0.3}, {"fused": True}]
-    adam: list[dict[str, Any]] = [{"amsgrad": True}, {"fused": True}, {"amsgrad": True, "maximize": True}]
+    short = {"amsgrad": True, "betas": (0.9, 0.6)}  # so that the largest second moment is not the last
+    adam: list[dict[str, Any]] = [short, {"fused": True}, {**short, "maximize": True}]
     for kind, options in ((SGD, [*ways, *sgd]), (torch.optim.Adam, [*ways, *adam]), (ADAM, [*ways, *adam])):
         made |= {f"{kind.__name__} {option}": (kind, option) for option in options}
     ways.append({"weight_decay": 0.1, "decoupled_weight_decay": True})
