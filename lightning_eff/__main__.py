@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
+from rich.text import Text
 
 from lightning_eff.errors import EffError, UnknownMethodError, nearest
 from lightning_eff.integration.lazy import status
@@ -83,7 +84,8 @@ def doctor(console: Console) -> None:
     for root, state in status().items():
         table.add_row(f"strings in {root}", state)
     for what, state in importlib.import_module("lightning_eff.kernels").describe().items():
-        table.add_row(what, state)
+        # The name of a folder is no markup and perhaps no text.
+        table.add_row(what, Text(state.encode(errors="backslashreplace").decode()))
     console.print(table)
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_eff.callbacks.neural_gradients import (
     OutputGradients,
@@ -24,6 +24,7 @@ from lightning_eff.callbacks.neural_gradients import (
     check_trainer,
     select_layers,
 )
+from lightning_eff.callbacks.one_run import OneRunMixin
 from lightning_eff.errors import ConfigurationError, NoEffectWarning, UnsupportedCombinationError
 from lightning_eff.functional.lognormal import lognormal_fit, remaining_sparsity, threshold_for
 from lightning_eff.functional.random import rank_seed
@@ -48,7 +49,7 @@ class _Layer:
     calls: int = 0
 
 
-class GradientPruningMixin:
+class GradientPruningMixin(OneRunMixin):
     """Prune the gradient at the output of every linear and convolution layer to a share ``sparsity`` of zeros.
 
     Elements below a threshold become zero or the threshold, at random so that their mean is kept: the weight gradients
@@ -74,7 +75,8 @@ class GradientPruningMixin:
             backward, gradients of gradients.
 
     State: ``seed``, and ``ranks``: for each rank the threshold, deviation, next fit, correction and call count of each
-    layer. Randomness: seeds follow from ``torch.initial_seed()`` and the call count; nothing is drawn from torch.
+    layer, all of one run. Randomness: seeds follow from ``torch.initial_seed()`` and the call count; nothing is drawn
+    from torch.
     """
 
     info: ClassVar[MethodInfo] = METHODS["gradient_pruning"]
@@ -97,12 +99,16 @@ class GradientPruningMixin:
         self.warmup_steps = check_count("warmup_steps", warmup_steps, 0)
         self.refit_every_n_steps = check_count("refit_every_n_steps", refit_every_n_steps, 1)
         self.feedback = bool(feedback)
+        self._hooks = OutputGradients(first=True)
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        """Begin without what another run has left behind."""
         self._seed: int | None = None
         self._layers: dict[str, _Layer] = {}
         self._corrections: dict[str, Tensor] = {}
         self._keys: dict[str, int] = {}
-        self._hooks = OutputGradients()
-        self._step, self._measure, self._pruned = 0, False, 0
+        self._step, self._seen, self._measure, self._pruned = 0, -1, False, 0
         self._zeros: list[Tensor] = []
         self._elements = 0
 
@@ -119,20 +125,36 @@ class GradientPruningMixin:
         chosen = select_layers(pl_module, self.layers, self.exclude)
         self._seed = torch.initial_seed() & _MASK64 if self._seed is None else self._seed
         self._layers = {name: self._layers.get(name, _Layer()) for name in chosen}
-        self._keys = {name: index for index, name in enumerate(chosen)}
-        self._corrections, self._pruned = {}, 0
-        self._hooks.attach(chosen, self._on_gradient)
+        self._keys, self._hooks, self._seen = {}, OutputGradients(first=True), -1
+        self._corrections, self._pruned, self._zeros, self._elements = {}, 0, [], 0
+        self._watch(chosen)
+
+    def _watch(self, chosen: dict[str, nn.Module]) -> None:
+        """Watch the layers there are now; for one that has taken the place of another, fit anew."""
+        for name in chosen:
+            self._keys.setdefault(name, len(self._keys))
+            self._layers.setdefault(name, _Layer())
+        for name in self._hooks.attach(chosen, self._on_gradient):
+            self._layers[name].next_fit = 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Note the step, and whether what it achieves will be logged."""
-        self._step, every = trainer.global_step, trainer.log_every_n_steps
-        self._measure = every > 0 and (self._step + 1) % every == 0
+        """Note the step, and whether what it achieves will be logged; watch the layers there are now."""
+        if self.sparsity == 0:
+            return
+        fitted = max((layer.next_fit - self.refit_every_n_steps for layer in self._layers.values()), default=0)
+        step, every = self._steps(at_least=fitted), trainer.log_every_n_steps
+        if step != self._step or self._seen < 0:  # otherwise a further micro-batch of the same step
+            self._measure = every > 0 and self._is_due(every, step, step - 1 if self._seen < 0 else self._step)
+        self._step = self._seen = step
+        self._watch(select_layers(pl_module, self.layers, self.exclude, strict=False))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what was achieved in a measured step."""
-        if trainer.global_step == self._step or not self._elements:
+        self._hooks.detach()
+        if self._steps() == self._step or not self._elements:
             return
-        sigmas = [layer.sigma / math.log(2) for layer in self._layers.values() if math.isfinite(layer.sigma)]
+        layers = [layer for name, layer in self._layers.items() if name in self._hooks.names]
+        sigmas = [layer.sigma / math.log(2) for layer in layers if math.isfinite(layer.sigma)]
         zeros = torch.stack([count.cpu() for count in self._zeros]).sum()
         values = {"sparsity": zeros / self._elements, "sigma_log2": sum(sigmas) / max(len(sigmas), 1)}
         pl_module.log_dict({f"eff/{self.info.name}/{key}": value for key, value in values.items()})
@@ -141,10 +163,11 @@ class GradientPruningMixin:
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the hooks off; say so if nothing was pruned."""
         self._hooks.detach()
+        self._note_corrections()
         if self.sparsity > 0 and not self._pruned:
             warnings.warn(
                 f"GradientPruning(sparsity={self.sparsity}) pruned nothing in this run: it ended at step "
-                f"{trainer.global_step} with warmup_steps={self.warmup_steps}, or its layers saw no gradient, or the "
+                f"{self._steps()} with warmup_steps={self.warmup_steps}, or its layers saw no gradient, or the "
                 f"gradients had that many zeros already.",
                 NoEffectWarning,
                 stacklevel=2,
@@ -153,6 +176,8 @@ class GradientPruningMixin:
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off."""
         self._hooks.detach()
+        self._note_corrections()
+        super().on_exception(trainer, pl_module, exception)
 
     # ------------------------------------------------------------------------------------------ one gradient
 
@@ -212,10 +237,13 @@ class GradientPruningMixin:
 
     # ------------------------------------------------------------------------------------------ state
 
-    def state_dict(self) -> dict[str, Any]:
-        """Thresholds and call counts of every rank, plain numbers; all ranks must ask together, as Lightning does."""
+    def _note_corrections(self) -> None:
         for name, correction in self._corrections.items():
             self._layers[name].correction = float(correction)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Thresholds and call counts of every rank, plain numbers; all ranks must ask together, as Lightning does."""
+        self._note_corrections()
         own = {name: asdict(layer) for name, layer in self._layers.items()}
         ranks = [own]
         if dist.is_available() and dist.is_initialized():

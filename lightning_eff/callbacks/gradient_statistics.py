@@ -24,6 +24,7 @@ from lightning_eff.callbacks.neural_gradients import (
     console,
     select_layers,
 )
+from lightning_eff.callbacks.one_run import OneRunMixin
 from lightning_eff.errors import ConfigurationError, NoEffectWarning
 from lightning_eff.functional.lognormal import best_format, lognormal_fit, relative_error
 from lightning_eff.methods import METHODS, MethodInfo
@@ -38,7 +39,7 @@ class _Layer:
     zeros: float = 0.0
 
 
-class GradientStatisticsMixin:
+class GradientStatisticsMixin(OneRunMixin):
     """Measure the spread of every layer's output gradient and recommend a split of ``bits`` into exponent and mantissa.
 
     Every ``every_n_steps`` optimizer steps a lognormal distribution is fitted to the non-zero gradients of each layer
@@ -66,10 +67,14 @@ class GradientStatisticsMixin:
         if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
             raise ConfigurationError(f"bits={bits!r} is not allowed; a format has 2 to 8 bits with the sign.")
         self.bits, self.layers = bits, check_patterns("layers", layers)
+        self._hooks = OutputGradients()
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        """Begin without what another run has left behind."""
         self._layers: dict[str, _Layer] = {}
         self._latest: dict[str, tuple[float, float]] = {}
-        self._hooks = OutputGradients()
-        self._step = 0
+        self._step = -1
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what has not been shown to work."""
@@ -77,22 +82,24 @@ class GradientStatisticsMixin:
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the layers."""
+        self._step, self._latest = -1, {}
         self._layers = {
             name: self._layers.get(name, _Layer()) for name in select_layers(pl_module, self.layers, exclude=())
         }
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Watch the gradients of a step that is measured; the others run without hooks."""
-        if trainer.global_step == self._step and self._latest:  # further micro-batches of a measured step
+        step = self._steps()
+        if step == self._step and self._latest:  # further micro-batches of a measured step
             return
-        self._step, self._latest = trainer.global_step, {}
-        if (self._step + 1) % self.every_n_steps == 0:
-            self._hooks.attach(select_layers(pl_module, self.layers, exclude=()), self._on_gradient)
+        before, self._step, self._latest = self._step if self._step >= 0 else step - 1, step, {}
+        if self._is_due(self.every_n_steps, step, before):
+            self._hooks.attach(select_layers(pl_module, self.layers, exclude=(), strict=False), self._on_gradient)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log a measured step."""
         self._hooks.detach()
-        if self._latest:
+        if self._latest and not trainer.barebones:
             sigmas, zeros = zip(*self._latest.values(), strict=True)
             exponents = [best_format(self.bits, sigma).exponent_bits for sigma in sigmas]
             values = {"sigma_log2": _mean(sigmas), "zeros": _mean(zeros), "exponent_bits": _mean(exponents)}
@@ -103,7 +110,7 @@ class GradientStatisticsMixin:
         if not any(layer.fits for layer in self._layers.values()):
             warnings.warn(
                 f"GradientStatistics measured nothing: every_n_steps={self.every_n_steps} and training ended at step "
-                f"{trainer.global_step}, or no layer had a finite gradient that is not zero.",
+                f"{self._steps()}, or no layer had a finite gradient that is not zero.",
                 NoEffectWarning,
                 stacklevel=2,
             )
@@ -113,6 +120,7 @@ class GradientStatisticsMixin:
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off."""
         self._hooks.detach()
+        super().on_exception(trainer, pl_module, exception)
 
     def table(self) -> Table:
         """The recommendation for every layer measured so far."""
@@ -136,7 +144,7 @@ class GradientStatisticsMixin:
         fit = lognormal_fit(grad)
         if math.isfinite(fit.mu):
             self._latest[name] = fit.sigma_log2, fit.zero_share
-            layer = self._layers[name]
+            layer = self._layers.setdefault(name, _Layer())  # it may have been added during the run
             layer.fits += 1
             layer.sigma_log2 += fit.sigma_log2
             layer.zeros += fit.zero_share

@@ -18,6 +18,7 @@ is an error.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,11 +28,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError, nearest
+from lightning_eff.errors import ConfigurationError, EffWarning, nearest
 from lightning_eff.functional.dropcompute import Timings, check_timings
 
 REQUIRED = ("step", "rank", "micro_batch", "seconds")
 COLUMNS = (*REQUIRED, "other_s")
+_HEADER = ",".join(COLUMNS) + "\n"
 _DIGITS = 15
 
 
@@ -53,15 +55,57 @@ def write_timings(
         append: add to the file (which starts with a header if it is new) instead of replacing it.
 
     Raises:
-        ConfigurationError: the table is not one of finite times.
+        ConfigurationError: the table is not one of finite times, the file cannot be written, or rows are to be added to
+            one that is something else.
     """
     timings = check_timings(table, other)
     path = Path(path)
-    kept = _cut_torn_line(path) if append and path.exists() else 0
-    with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
-        if not kept:
-            file.write(",".join(COLUMNS) + "\n")
-        file.writelines(_rows(timings, first_step))
+    if append:
+        check_target(path)
+    try:
+        kept = _cut_torn_line(path) if append and path.exists() else 0
+        with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
+            if not kept:
+                file.write(_HEADER)
+            file.writelines(_rows(timings, first_step))
+    except OSError as error:
+        raise ConfigurationError(f"The timings {str(path)!r} cannot be written: {error}.") from error
+
+
+def append_timings(
+    path: str | PathLike[str], table: Tensor, other: Tensor | float = 0.0, *, first_step: int = 0
+) -> None:
+    """Add the steps of a run that goes on whatever happens: an :class:`EffWarning` says what could not be written."""
+    try:
+        write_timings(path, table, other, first_step=first_step, append=True)
+    except ConfigurationError as error:  # a disk that filled up must not end the run
+        warnings.warn(f"{error} The run goes on, and these steps are missing there.", EffWarning, stacklevel=2)
+
+
+def check_target(path: str | PathLike[str]) -> None:
+    """Refuse a file that rows cannot be added to, before there are any: another file would lose its last line.
+
+    Raises:
+        ConfigurationError: its folder is not there, it is not a file, or it does not begin with the header.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"The timings {str(path)!r} cannot be written: there is no folder {path.parent}.")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ConfigurationError(f"The timings {str(path)!r} cannot be written: that is not a file.")
+    header = _HEADER.encode()
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(header))
+    except OSError as error:
+        raise ConfigurationError(f"The timings {str(path)!r} cannot be read: {error}.") from error
+    if found != header[: len(found)]:
+        raise ConfigurationError(
+            f"Timings are not added to {str(path)!r}, which holds something else: its first line is not "
+            f"{_HEADER.strip()}. Name another file, or remove that one."
+        )
 
 
 def _cut_torn_line(path: Path) -> int:

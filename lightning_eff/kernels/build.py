@@ -1,9 +1,11 @@
-"""Compile ``src/*.cpp`` on first use and load it with ctypes.
+"""Build the compiled kernels from ``src/*.cpp`` on first use and load them with ctypes.
 
-The library has a plain C interface: it needs no torch headers, compiles in about a second and serves every torch
-version. It is linked against the OpenMP runtime torch has loaded, so both share one pool of threads. The result is
-cached under ``$LIGHTNING_EFF_CACHE`` (default ``~/.cache/lightning_eff``), keyed by source, compiler and CPU, and put
-in place by an atomic rename: ranks that start together do not harm each other.
+The library has a plain C interface: it needs no torch headers and serves every torch version. Compiling takes one core
+five to seven seconds (g++ 12 at ``-O3``; two compilers side by side gained nothing on two busy cores), once per
+machine: one process builds while others wait. The result is kept in ``$LIGHTNING_EFF_CACHE`` (default
+``~/.cache/lightning_eff``) under a name made of sources, flags, ``$CXX`` and CPU, and checked before every use as
+:mod:`lightning_eff.kernels.cache` says. It is linked against the OpenMP runtime torch has loaded, so both share one
+pool of threads.
 """
 
 from __future__ import annotations
@@ -13,20 +15,36 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
+import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning_eff.errors import FallbackWarning
-
-SOURCES = sorted((Path(__file__).parent / "src").glob("*.cpp"))
-FLAGS = (
-    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+from lightning_eff.kernels.cache import (
+    cache_directory,
+    in_usable_folder,
+    locked,
+    read_trusted,
+    remove_leftovers,
+    scratch_folder,
+    write_trusted,
 )
+from lightning_eff.kernels.compiler import (
+    FLAGS,
+    SOURCES,
+    CompilerError,
+    asked_compiler,
+    compile_library,
+    find_compiler,
+    openmp_of_torch,
+)
+
+__all__ = ["FLAGS", "cache_directory", "library", "machine_key", "measurement_key"]
+
+LIMIT_S = 300.0
+"""Waiting for another process's build and building take at most this long together."""
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "eff_max_abs": (_P, _I, _L, _P, _I),
@@ -54,102 +72,167 @@ SIGNATURES = {
     "eff_integer_encode": (_P, _I, _L, _P, _I, _I, _I, ctypes.c_uint64, _P, _P, _P, _I),
     "eff_round_to_scale": (_P, _I, _L, _P, _I, _P, _I),
     "eff_int16_native": (_P,),
+    "eff_transpose": (_P, _I, _L, _L, _L, _P, _I),
     "eff_int16_product": (_P, _L, _L, _P, _L, _L, _L, _L, _L, _P, _I),
 }
 
 
-def cache_directory() -> Path:
-    """Where compiled code and the measured choice of product live."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lightning_eff"
-    return Path(os.environ.get("LIGHTNING_EFF_CACHE", default))
+class Obtained(NamedTuple):
+    """The compiled kernels or ``None``, the folder they are kept in, and what people should know about that."""
+
+    kernels: ctypes.CDLL | None
+    folder: Path | None
+    said: tuple[str, ...]
+
+
+@functools.cache
+def cpu_facts() -> tuple[str, ...]:
+    """Model and features of the processor as Linux tells them; elsewhere what is known, down to the host's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    facts = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return tuple(facts) or (platform.processor(), platform.machine(), platform.node())
 
 
 @functools.cache
 def machine_key() -> str:
     """A name for this kind of machine: CPU model and features, so that a shared home directory holds several."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        facts = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    except OSError:
-        facts = [platform.processor(), platform.machine()]
-    return hashlib.sha256("\n".join([sys.platform, *facts]).encode()).hexdigest()[:16]
-
-
-def _compiler() -> str | None:
-    return next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (path := shutil.which(name))),
-        None,
-    )
-
-
-def _openmp_of_torch() -> list[str]:
-    """Link arguments for the OpenMP runtime inside the torch wheel, if it brings one."""
-    import torch
-
-    root = Path(torch.__file__).parent
-    for folder in (root / "lib", root.parent / "torch.libs"):
-        for library in sorted(folder.glob("libgomp*.so*")):
-            return [str(library), f"-Wl,-rpath,{folder}"]
-    return []
-
-
-def _compile(compiler: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        built = Path(scratch) / target.name
-        command = [compiler, *FLAGS, *_wide_vectors(), *map(str, SOURCES), "-o", str(built), *_openmp_of_torch()]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        built.replace(target)
-
-
-def _wide_vectors() -> list[str]:
-    return ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    for name, types in SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = types, None
-    library.eff_fingerprint.argtypes, library.eff_fingerprint.restype = (_P, _L), ctypes.c_uint64
-    return library
+    return hashlib.sha256("\n".join([sys.platform, *cpu_facts()]).encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _build_key(compiler: str | None) -> str:
-    """A name for what is compiled, how, and for which machine."""
+def _build_key() -> str:
+    """A name for what is compiled, how, and for which machine.
+
+    Of the compiler only ``$CXX`` counts: a machine from which it has been removed goes on using what it made.
+    """
     sources = b"".join(source.read_bytes() for source in SOURCES)
-    how = repr((FLAGS, compiler, machine_key(), _openmp_of_torch()))
-    return hashlib.sha256(sources + how.encode()).hexdigest()[:20]
+    how = repr((FLAGS, asked_compiler(), machine_key(), openmp_of_torch()))
+    return hashlib.sha256(sources + how.encode(errors="surrogateescape")).hexdigest()[:20]
 
 
 def measurement_key() -> str:
     """A name for what a measurement of the kernels depends on: an upgrade measures anew."""
-    return _build_key(_compiler())
+    return _build_key()
+
+
+def _load(data: bytes, path: Path) -> ctypes.CDLL:
+    """Load exactly the bytes that were checked; an OSError if they are no library or lack a function."""
+    library = _open(data, path)
+    try:
+        for name, types in SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, None
+        library.eff_fingerprint.argtypes, library.eff_fingerprint.restype = (_P, _L), ctypes.c_uint64
+    except AttributeError as error:
+        raise OSError(f"a function is missing: {error}") from error
+    return library
+
+
+def _open(data: bytes, path: Path) -> ctypes.CDLL:
+    """Map a library from memory where the system can.
+
+    From the file, what others do to it later would kill this process: cut it short, replace it on a network share.
+    """
+    try:
+        descriptor = os.memfd_create(path.name)
+    except (AttributeError, OSError):  # not Linux, or forbidden
+        return ctypes.CDLL(str(path))
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(data)
+    try:  # the descriptor stays open: the loader knows a library by its path, which must not come to mean another one
+        return ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+    except OSError:  # no /proc
+        os.close(descriptor)
+        return ctypes.CDLL(str(path))
+
+
+def _cached(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The kernels from a file of the cache, or why it could not be used (empty: there is none)."""
+    try:
+        data = read_trusted(path)
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, f"{error}. "
+    try:
+        return _load(data, path), ""
+    except OSError as error:
+        return None, f"{path} cannot be loaded ({error}); delete it. "
+
+
+def _from_folder(folder: Path, until: float) -> Obtained:
+    """The kernels from ``folder``; built, if need be, by the one process that holds its lock."""
+    path = folder / f"kernels-{_build_key()}.so"
+    kernels, _ = _cached(path)
+    if kernels is not None:
+        return Obtained(kernels, folder, ())
+    with locked(folder, until) as held:
+        kernels, damage = _cached(path)  # another process may have built it meanwhile
+        if kernels is not None:
+            return Obtained(kernels, folder, ())
+        if held:
+            remove_leftovers(folder)
+        try:
+            return _build(path, until)
+        except CompilerError as error:
+            raise CompilerError(f"{damage}{error}") from error
+
+
+def _build(path: Path, until: float) -> Obtained:
+    compiler, said = find_compiler(), []
+    with scratch_folder(path.parent) as scratch:
+        built = compile_library(compiler, scratch, max(until - time.monotonic(), 0.0))
+        data = built.read_bytes()
+        try:
+            kernels = _load(data, built)
+        except OSError as error:
+            raise CompilerError(f"{compiler.command[0]} made a library that cannot be loaded: {error}.") from error
+    if compiler.complaint:
+        said.append(f"{compiler.complaint}{compiler.command[0]} compiled them.")
+    try:
+        write_trusted(path, data)
+    except OSError as error:
+        said.append(f"{path} cannot be written ({error}), every process has to compile them anew.")
+    return Obtained(kernels, path.parent, tuple(said))
+
+
+@functools.cache
+def obtained() -> Obtained:
+    """Load or build the kernels, in the private folder if the cache cannot be used, and tell what was wrong."""
+    if os.environ.get("LIGHTNING_EFF_KERNELS", "1") == "0":
+        return Obtained(None, None, ())
+    said: list[str] = []
+    until = time.monotonic() + LIMIT_S
+    try:
+        if found := in_usable_folder(lambda folder: _from_folder(folder, until), said):
+            instead = [f"{found.folder} is used instead."] if said else []
+            return found._replace(said=(*said, *instead, *found.said))
+    except (CompilerError, TimeoutError) as error:
+        said.append(str(error))
+    return Obtained(None, None, tuple(said))
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or ``None`` (with one :class:`FallbackWarning`) when they cannot be had here.
 
+    One FallbackWarning, too, where they are there but not from the folder asked for, or not by the compiler asked for.
     ``LIGHTNING_EFF_KERNELS=0`` switches them off without a warning.
     """
-    if os.environ.get("LIGHTNING_EFF_KERNELS", "1") == "0":
-        return None
-    try:
-        compiler = _compiler()
-        target = cache_directory() / f"kernels-{_build_key(compiler)}.so"
-        if not target.exists():
-            if compiler is None:
-                raise FileNotFoundError("no C++ compiler found (looked for $CXX, g++, clang++, c++)")
-            _compile(compiler, target)
-        return _load(target)
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
+    found = obtained()
+    if found.said:
+        state = (
+            "are not available, the slower torch versions with the same numbers are used"
+            if found.kernels is None
+            else "are used, but not as asked for"
+        )
         warnings.warn(
-            f"The compiled quantisers are not available, the slower torch versions with the same numbers are used: "
-            f"{detail} Install a C++ compiler, or set LIGHTNING_EFF_KERNELS=0 to silence this.",
+            f"The compiled quantisers {state}: {' '.join(found.said)} "
+            "LIGHTNING_EFF_KERNELS=0 switches them off without this warning.",
             FallbackWarning,
             stacklevel=2,
         )
-        return None
+    return found.kernels

@@ -1,11 +1,21 @@
-"""Which product this machine should use, decided once by a measurement and remembered on disk."""
+"""Which product this machine should use, decided once by a measurement and remembered on disk.
+
+The last bits of a run may depend on the choice (int16 and FP8 products add up in another order than the wide ones), so
+all processes of a machine go by the same one: the first to hold the cache's lock measures, the others read what it has
+written. Where nothing can be written, timing does not count: every process takes the native product if it is exact and
+the device has units for it, which is the same everywhere on the machine. The choice lasts as long as the file and
+changes with the kernels, torch and the device. Ranks on different machines go by the measurement of their own; their
+gradients are averaged, so replicas stay equal, but last bits may differ from a run on other machines
+(``LIGHTNING_EFF_INT16=1``, for instance, on all of them makes one choice).
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
-import tempfile
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +25,18 @@ from torch import Tensor
 
 from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.fp8 import E4M3
-from lightning_eff.kernels.build import cache_directory, library, measurement_key
+from lightning_eff.kernels.build import LIMIT_S, cpu_facts, library, measurement_key, obtained
+from lightning_eff.kernels.cache import cache_directory, in_usable_folder, locked, read_trusted, write_trusted
+from lightning_eff.kernels.compiler import find_compiler
 from lightning_eff.kernels.fp8 import fp8_product
+from lightning_eff.kernels.int16 import int16_native
 from lightning_eff.kernels.products import code_product
 
 SIZE = 384
 """Edge of the square product that is timed: large enough to leave the fixed cost of a call behind."""
 Measured = dict[str, float | bool]
+_LEAST_CAPABILITY = {"int8": (7, 5), "fp8": (8, 9)}  # of NVIDIA GPUs with such units
+_KEYS = {"native": bool, "exact": bool, "native_s": float, "plain_s": float}
 
 
 def _fastest_s(run: Callable[[], Tensor], rounds: int = 5) -> float:
@@ -47,8 +62,11 @@ def _timed(native: Callable[[], Tensor], plain: Callable[[], Tensor], reference:
 
 def _small_integers(dtype: torch.dtype, largest: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Two square operands of small integers, and their product."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(-largest, largest + 1, (SIZE, SIZE), generator=generator) for _ in range(2))
+    generator = torch.Generator("cpu").manual_seed(0)
+    a, b = (
+        torch.randint(-largest, largest + 1, (SIZE, SIZE), generator=generator, dtype=torch.int64, device="cpu")
+        for _ in range(2)
+    )
     product = a.to(torch.float64) @ b.to(torch.float64)
     return a.to(device, dtype), b.to(device, dtype), product
 
@@ -73,10 +91,9 @@ def measure_fp8(device: torch.device) -> Measured:
 
 
 def measure_int16(device: torch.device) -> Measured:
-    """The int16 product against the one in float32; see :func:`measure_int8`."""
+    """The int16 product against its emulation; see :func:`measure_int8`."""
     a, b, product = _small_integers(torch.int16, 64, device)
-    wide = a.to(torch.float32), b.to(torch.float32)
-    return _timed(lambda: code_product(a, b, native=True), lambda: torch.mm(*wide), product)
+    return _timed(lambda: code_product(a, b, native=True), lambda: code_product(a, b, native=False), product)
 
 
 _MEASURES: dict[str, Callable[[torch.device], Measured]] = {
@@ -86,23 +103,67 @@ _MEASURES: dict[str, Callable[[torch.device], Measured]] = {
 }
 
 
+def _measure(kind: str, device: torch.device) -> Measured:
+    """Measure now, whatever context of Lightning this is called in."""
+    with torch.autocast(device.type, enabled=False):
+        return _MEASURES[kind](device)
+
+
 def _remembered(kind: str, device: torch.device) -> Measured:
-    """The measurement from the cache directory, made now if it is not there."""
+    """The measurement all processes of this machine go by, made now if it is not there."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    path = cache_directory() / f"{kind}-{measurement_key()}-{torch.__version__}-{name.replace(' ', '_')}.json"
+    kernels = "torch" if library() is None else "compiled"  # asked before the lock is taken: building takes it, too
+    file = re.sub(r"[^\w.+-]", "_", f"{kind}-{measurement_key()}-{kernels}-{torch.__version__}-{name}")[:200] + ".json"
     try:
-        found: Measured = json.loads(path.read_text())
+        found = in_usable_folder(lambda folder: _agreed(folder / file, kind, device), [])
+    except TimeoutError:
+        found = None
+    return _undisputed(kind, device) if found is None else found
+
+
+def _agreed(path: Path, kind: str, device: torch.device) -> Measured:
+    """The measurement in ``path``; the first process that holds the lock makes it. An OSError if it cannot be kept."""
+    if (found := _read(path)) is not None:
         return found
-    except (OSError, ValueError):
-        found = _MEASURES[kind](device)
+    with locked(path.parent, time.monotonic() + LIMIT_S) as held:
+        if not held:
+            raise OSError(f"{path.parent} has no locks")
+        if (found := _read(path)) is None:
+            found = _measure(kind, device)
+            write_trusted(path, json.dumps(found).encode())
+        return found
+
+
+def _read(path: Path) -> Measured | None:
+    """What an earlier process measured, if it can be trusted and makes sense."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(found, file)
-        Path(file.name).replace(path)
-    except OSError:  # a read-only home directory: measure again in the next process
-        return found
-    return found
+        found = json.loads(read_trusted(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if _makes_sense(found) else None
+
+
+def _makes_sense(found: object) -> bool:
+    if not isinstance(found, dict) or {key: type(value) for key, value in found.items()} != _KEYS:
+        return False
+    times = found["native_s"], found["plain_s"]
+    return not any(math.isnan(t) or t < 0 for t in times) and (found["exact"] or not found["native"])
+
+
+def _undisputed(kind: str, device: torch.device) -> Measured:
+    """The choice without a place to agree on: what every process of this machine finds alike, whatever it timed."""
+    found = _measure(kind, device)
+    return {**found, "native": bool(found["exact"]) and _has_units(kind, device)}
+
+
+def _has_units(kind: str, device: torch.device) -> bool:
+    """Whether the processor multiplies such codes in units of their own."""
+    if device.type == "cuda":
+        return kind in _LEAST_CAPABILITY and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY[kind]
+    if kind == "int16":
+        return int16_native()
+    words = {word for fact in cpu_facts() for word in fact.split()}
+    return kind == "int8" and not words.isdisjoint(("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def _device(kind: str, index: int | None) -> torch.device:
@@ -127,7 +188,7 @@ def native_int8(device: torch.device | str = "cpu") -> bool:
 
 
 def native_int16(device: torch.device | str = "cpu") -> bool:
-    """Whether products of int16 codes run natively on ``device``: a CPU where they were faster than float32.
+    """Whether products of int16 codes run natively on ``device``: a CPU where they were faster than emulated.
 
     ``LIGHTNING_EFF_INT16=0`` or ``=1`` overrides the measurement.
     """
@@ -146,11 +207,14 @@ def native_fp8(device: torch.device | str = "cuda") -> bool:
 
 def describe() -> dict[str, str]:
     """Facts about the fast paths on this machine, for ``python -m lightning_eff doctor``."""
-    found = _remembered("int8", torch.device("cpu"))
-    ratio = float(found["plain_s"]) / float(found["native_s"])
+    found, kernels, compiler = _remembered("int8", torch.device("cpu")), obtained(), find_compiler()
+    speed = f"{found['plain_s'] / found['native_s']:.1f}x float32 at {SIZE}^3" if found["native_s"] else "not measured"
     return {
         "compiled quantisers": "yes" if library() is not None else "no (torch versions are used)",
         "int8 products": "native" if native_int8() else "emulated in float32",
-        "int8 speed": f"{ratio:.1f}x float32 at {SIZE}^3, sums {'exact' if found['exact'] else 'NOT exact'}",
-        "cache": str(cache_directory()),
+        "int8 speed": f"{speed}, sums {'exact' if found['exact'] else 'NOT exact'}",
+        "int16 products": "native" if native_int16() else "emulated in float64",
+        "compiler": f"{compiler.complaint}{' '.join(compiler.command) or 'none found'}",
+        "cache": str(kernels.folder or cache_directory()),
+        "cache state": " ".join(kernels.said) or ("checked and used" if kernels.kernels else "not used"),
     }

@@ -14,7 +14,7 @@ O output channels, T taps, P output positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from lightning_eff.kernels.geometry import (
     emulated_input_grad,
     emulated_weight_grad,
 )
+from lightning_eff.kernels.layout import transpose
 from lightning_eff.kernels.operands import CPU, kernels_for, pointer, threads
 from lightning_eff.kernels.products import code_product, rescale, scratch, sum_of_products
 
@@ -106,6 +107,34 @@ def _columns(x: Tensor, geometry: Geometry, taps: Tensor, out_size: Triple) -> T
     return x.reshape(-1, x.shape[-1]) if geometry.pointwise else gather(x, taps, geometry.stride, out_size)
 
 
+def _write(acc: Tensor, a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None, keep_last: bool) -> None:
+    """Rescale sums (images * positions, channels) into ``out``, images of it few enough to lie in the cache."""
+    if keep_last:
+        rescale(acc, a, b, bias=bias, dtype=out.dtype, out=out.view(acc.shape))
+        return
+    room = scratch("rows", acc.numel(), out.dtype).view(acc.shape) if acc.is_cpu else None
+    rows = rescale(acc, a, b, bias=bias, dtype=out.dtype, out=room)
+    transpose(rows.view(out.shape[0], -1, out.shape[1]), out.view(*out.shape[:2], -1))
+
+
+def _write_all(
+    acc: Tensor, a: Tensor, b: Tensor, *, bias: Tensor | None, dtype: torch.dtype, keep_last: bool
+) -> Tensor:
+    """Rescale the sums (N, D, H, W, C) of a whole convolution into a new tensor."""
+    images, *size, channels = acc.shape
+    out = _new(images, size, channels, dtype, acc.device, keep_last=keep_last)
+    for group in _groups(images, acc[:1].numel() * 4):
+        _write(acc[group].flatten(0, 3), a, b, out[group], bias=bias, keep_last=keep_last)
+    return out
+
+
+def _new(
+    images: int, size: Sequence[int], channels: int, dtype: torch.dtype, device: torch.device, *, keep_last: bool
+) -> Tensor:
+    shape = (images, *size, channels) if keep_last else (images, channels, *size)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def conv_forward(
     x: Codes,
     weight: Codes,
@@ -114,8 +143,9 @@ def conv_forward(
     native: bool,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    keep_last: bool = True,
 ) -> Tensor:
-    """Output of the convolution, (N, D', H', W', O).
+    """Output of the convolution, (N, D', H', W', O), or contiguous (N, O, D', H', W') without ``keep_last``.
 
     Args:
         x: codes (N, D, H, W, C).
@@ -124,25 +154,32 @@ def conv_forward(
         native: use the int8 units (never for grouped convolutions).
         bias: (O,) or ``None``.
         dtype: of the result.
+        keep_last: leave the result channels-last, the order in which it is made.
     """
     if not _gathers(x.codes, weight.codes, native, geometry, weight.codes[0].numel()):
         acc = emulated_forward(x.codes, weight.codes, geometry)
-        return rescale(acc.flatten(0, 3), x.scale, weight.scale, bias=bias, dtype=dtype).view(acc.shape)
+        return _write_all(acc, x.scale, weight.scale, bias=bias, dtype=dtype, keep_last=keep_last)
     images, out_size, channels = x.codes.shape[0], geometry.out_size(x.codes.shape[1:4]), weight.codes.shape[0]
     positions, matrix = out_size[0] * out_size[1] * out_size[2], weight.codes.view(channels, -1).t()
-    out = torch.empty(images * positions, channels, dtype=dtype, device=x.codes.device)
+    out = _new(images, out_size, channels, dtype, x.codes.device, keep_last=keep_last)
     taps = geometry.taps
     for group in _groups(images, positions * matrix.shape[0] * x.codes.itemsize):
         acc = code_product(_columns(x.codes[group], geometry, taps, out_size), matrix, native=native)
-        rows = out[group.start * positions : group.stop * positions]
-        rescale(acc, x.scale, weight.scale, bias=bias, dtype=dtype, out=rows)
-    return out.view(images, *out_size, channels)
+        _write(acc, x.scale, weight.scale, out[group], bias=bias, keep_last=keep_last)
+    return out
 
 
 def conv_input_grad(
-    grad: Codes, weight: Codes, geometry: Geometry, size: Triple, *, native: bool, dtype: torch.dtype = torch.float32
+    grad: Codes,
+    weight: Codes,
+    geometry: Geometry,
+    size: Triple,
+    *,
+    native: bool,
+    dtype: torch.dtype = torch.float32,
+    keep_last: bool = True,
 ) -> Tensor:
-    """Gradient of the input, (N, D, H, W, C).
+    """Gradient of the input, (N, D, H, W, C), or contiguous (N, C, D, H, W) without ``keep_last``.
 
     Args:
         grad: codes of the output gradient (N, D', H', W', O).
@@ -151,16 +188,19 @@ def conv_input_grad(
         size: (D, H, W) of the input.
         native: use the int8 units (never for grouped convolutions).
         dtype: of the result.
+        keep_last: leave the result channels-last, the order in which it is made.
     """
     images, (channels, _, inputs) = grad.codes.shape[0], weight.codes.shape
     if not _gathers(grad.codes, weight.codes, native, geometry, channels * geometry.taps.shape[1]):
         acc = emulated_input_grad(grad.codes, weight.codes, geometry, size)
-        return rescale(acc.flatten(0, 3), grad.scale, weight.scale, dtype=dtype).view(acc.shape)
+        return _write_all(acc, grad.scale, weight.scale, bias=None, dtype=dtype, keep_last=keep_last)
     single = geometry.stride == (1, 1, 1)
-    result = (torch.empty if single else torch.zeros)(images, *size, inputs, dtype=dtype, device=grad.codes.device)
+    result = _new(images, size, inputs, dtype, grad.codes.device, keep_last=keep_last)
+    result = result if single else result.zero_()
+    last = result if keep_last else result.movedim(1, -1)
     for phase, kept, taps in geometry.phases:
         part = tuple(slice(p, None, s) for p, s in zip(phase, geometry.stride, strict=True))
-        target = result[(slice(None), *part)]
+        target = last[(slice(None), *part)]
         if kept.numel() == 0 or target.numel() == 0:
             continue
         matrix = weight.codes[:, kept].permute(1, 0, 2).reshape(-1, inputs)
@@ -169,10 +209,10 @@ def conv_input_grad(
             codes = grad.codes[group]
             columns = codes.reshape(-1, channels) if geometry.pointwise else gather(codes, taps, (1, 1, 1), (z, y, x))
             acc = code_product(columns, matrix, native=native)
-            rows = target[group].view(-1, inputs) if single else None
-            value = rescale(acc, grad.scale, weight.scale, dtype=dtype, out=rows)
-            if not single:
-                target[group] = value.view(-1, z, y, x, inputs)
+            if single:
+                _write(acc, grad.scale, weight.scale, result[group], bias=None, keep_last=keep_last)
+            else:
+                target[group] = rescale(acc, grad.scale, weight.scale, dtype=dtype).view(-1, z, y, x, inputs)
     return result
 
 

@@ -18,12 +18,15 @@ def packs(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in TYPES and not x.is_neg() and kernels_for(x) is not None and is_dense(x)
 
 
-def relu_mask(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``relu(x)``, strides kept, and a bit per element (uint8, in memory order) where the gradient passes."""
+def relu_mask(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+    """``relu(x)``, strides kept, and a bit per element (uint8, in memory order) where the gradient passes.
+
+    ``inplace`` overwrites ``x``; its version counter is the caller's to move.
+    """
     kernels = kernels_for(x)
     if kernels is None:
         raise InternalError("internal error: relu_mask without compiled kernels")
-    n, y, mask = x.numel(), torch.empty_like(x), empty(((x.numel() + 7) // 8,), torch.uint8)
+    n, y, mask = x.numel(), x if inplace else torch.empty_like(x), empty(((x.numel() + 7) // 8,), torch.uint8)
     kernels.eff_relu(
         pointer("eff_relu(x)", x, n, *FLOATS, any_order=True),
         TYPES[x.dtype],

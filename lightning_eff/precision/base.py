@@ -9,8 +9,8 @@ import contextlib
 import math
 import statistics
 import warnings
-from collections.abc import Generator
-from typing import Any, ClassVar, Literal
+from collections.abc import Generator, Iterator
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,15 +19,16 @@ from torch import nn
 
 from lightning_eff.errors import EffWarning, NoEffectWarning, NonFiniteGradientError
 from lightning_eff.integration.precision import check_strategy
+from lightning_eff.integration.runs import Run
 from lightning_eff.methods import MethodInfo
 from lightning_eff.precision.config import LayerConfig
-from lightning_eff.precision.convert import Conversion, convert
-from lightning_eff.precision.memory import Memory, advance
+from lightning_eff.precision.convert import Change, Conversion, convert
+from lightning_eff.precision.memory import Memory, advance, learned
 from lightning_eff.precision.report import console, conversion_table, readable_bytes
+from lightning_eff.precision.run import StepsMixin
 from lightning_eff.precision.sharded import (
     Named,
-    current,
-    gradients,
+    broken_names,
     names_of_all_ranks,
     on_any_rank,
     reduction_device,
@@ -41,7 +42,7 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-class QuantizedPrecisionMixin:
+class QuantizedPrecisionMixin(StepsMixin):
     """Converts a model's layers when a run starts, converts them back when it ends.
 
     Subclasses set ``info`` and ``formats`` and fill ``self.config`` in ``_configure``.
@@ -64,12 +65,40 @@ class QuantizedPrecisionMixin:
         self._loaded: dict[str, dict[str, Any]] = {}
         self._steps = 0
         self._context = ""
+        self._run = Run()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the options and what is remembered; the model, and the run, are the original's."""
+        return {**self.__dict__, "_conversions": {}, "_loaded": self._remembered(), "_aside": None}
+
+    def _forget_run(self) -> None:
+        """Begin without what another run has left behind: its rounding stream, phase, estimates and figures."""
+        self.seeds.seed, self.seeds.calls = None, 0
+        self.weights_only, self._loaded, self.metrics, self._context = False, {}, {}, ""
+        self._steps, self._told = 0, False
+
+    def _restart(self) -> None:
+        """What layers have seen belongs to the state that a checkpoint replaces."""
+        self._steps = 0
+        for state in self.states().values():
+            state.memories = state.format.memories()
+        self._invalidate()
+        self._apply_state()
+
+    def _put_aside(self) -> Any:
+        """The rounding stream and the phase are the fit's; the estimates are of the weights, whoever loaded them."""
+        return self.seeds.seed, self.seeds.calls, self.weights_only
+
+    def _take_back(self, aside: Any) -> None:
+        """Undo :meth:`_put_aside`."""
+        self.seeds.seed, self.seeds.calls, self.weights_only = aside
 
     # ------------------------------------------------------------------------------------------ conversion
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert the layers of ``module`` in place, once, and print what became of each."""
         module = super().convert_module(module)  # type: ignore[misc]
+        self._start_run(module)
         trainer = getattr(module, "_trainer", None)
         if trainer is not None:
             check_strategy(self.info, trainer.strategy)
@@ -81,6 +110,25 @@ class QuantizedPrecisionMixin:
             self._apply_state()
             self._report(conversion, device)
         return module
+
+    def _refresh(self) -> None:
+        """Convert what has come into a model since the last step, give back what has gone, and say so."""
+        for _, conversion in self._conversions.values():
+            change = conversion.update()
+            if change.came or change.went:
+                self._apply_state()
+                if _rank() == 0:
+                    console().print(self._change_line(change), highlight=False, soft_wrap=True)
+
+    def _change_line(self, change: Change) -> str:
+        """One line about layers that came and went while the run went on."""
+        parts = [
+            f"{row.name} ({row.kind}) {'left alone: ' + row.reason if row.reason else 'converted'}"
+            for row in change.came
+        ]
+        parts += [f"{row.name} ({row.kind}) gone" for row in change.went]
+        more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
+        return f"{self.info.name}: the model has changed at step {self._current_step()}: {'; '.join(parts[:8])}{more}."
 
     def _report(self, conversion: Conversion, device: torch.device) -> None:
         if not conversion.states:
@@ -99,8 +147,15 @@ class QuantizedPrecisionMixin:
     def states(self) -> dict[str, LayerState]:
         """Layer name -> state, of every converted layer."""
         return {
-            name: state for _, conversion in self._conversions.values() for name, state in conversion.states.items()
+            prefix + name: state
+            for prefix, _, conversion in self._converted()
+            for name, state in conversion.states.items()
         }
+
+    def _converted(self) -> Iterator[tuple[str, nn.Module, Conversion]]:
+        """Every converted model, and what its names begin with; with Fabric there may be several with equal names."""
+        for number, (module, conversion) in enumerate(self._conversions.values()):
+            yield f"{number}:" if number else "", module, conversion
 
     def saved_bytes(self) -> tuple[int, int]:
         """Bytes the converted layers kept for backward in their last forward, and what float32 would have kept."""
@@ -116,6 +171,7 @@ class QuantizedPrecisionMixin:
         for _, conversion in self._conversions.values():
             conversion.undo()
         self._conversions, self._steps = {}, 0
+        self._end_run()
         super().teardown()  # type: ignore[misc]
 
     def _verdict(self) -> list[str | Table]:
@@ -135,6 +191,8 @@ class QuantizedPrecisionMixin:
         if context != self._context:
             self._context = context
             self._invalidate()
+            for state in self.states().values() if context == "train" else ():
+                state.memories = learned(state.memories, state.format.memories())
             for memory in self._memories():
                 memory.forget()
 
@@ -145,6 +203,7 @@ class QuantizedPrecisionMixin:
     @contextlib.contextmanager
     def train_step_context(self) -> Generator[None]:
         """Context of a training step."""
+        self._refresh()
         self._enter("train")
         self._sample(self._current_step())
         with super().train_step_context():  # type: ignore[misc]
@@ -153,6 +212,7 @@ class QuantizedPrecisionMixin:
     @contextlib.contextmanager
     def val_step_context(self) -> Generator[None]:
         """Context of a validation step."""
+        self._refresh()
         self._enter("val")
         self._sample(0)
         with super().val_step_context():  # type: ignore[misc]
@@ -164,21 +224,19 @@ class QuantizedPrecisionMixin:
         self._publish(model.trainer)
         super()._after_closure(model, optimizer)  # type: ignore[misc]
 
-    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the optimizer; weight codes are made anew afterwards."""
-        engine = zero_engine(kwargs.get("model"))
-        steps = engine is None or engine.is_gradient_accumulation_boundary()  # DeepSpeed accumulates by itself
-        if not hasattr(super(), "_after_closure"):  # Fabric has no closure: gradients are ready now
-            self._check_finite(step=self._steps)
-        result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
-        if not steps:
-            return result
+    def _look(self) -> None:
+        """Check the gradients, publish sampled figures."""
+        self._check_finite(step=self._current_step())
+        if (trainer := self._trainer()) is not None:
+            self._publish(trainer)
+
+    def _take_in_step(self, optimizer: Any) -> None:
+        """Weight codes are made anew, estimates take in what was observed."""
         self._steps += 1
         self._invalidate()
         self._after_step(optimizer)
         advance(self._memories(), self._device(), replicas=self._replicas())
-        self._sample(self._steps)  # the Trainer says which step it is when the next begins
-        return result
+        self._sample(self._current_step())
 
     def _after_step(self, optimizer: Any) -> None:
         """What a method does with the weights an optimizer has just updated."""
@@ -200,8 +258,7 @@ class QuantizedPrecisionMixin:
 
     def _current_step(self) -> int:
         """Optimizer steps of the whole run, those before a resume counted."""
-        trainer = self._trainer()
-        return self._steps if trainer is None else int(trainer.global_step)
+        return self._run.steps(self._steps)
 
     def _replicas(self) -> int | None:
         """How often the model is there, if a Trainer knows; a pipeline's ranks hold one between them."""
@@ -232,41 +289,27 @@ class QuantizedPrecisionMixin:
     def _broken_gradients(self, engine: Any) -> list[str]:
         """Names of the parameters whose gradient is not finite, the same on every rank.
 
-        In most formats one broken element makes a converted layer's whole weight gradient NaN, by its scale, and one
-        element of each tells; of all others, their sum does (a look at each element decides). Gradients are already
-        reduced here: all ranks see the same, unless a strategy leaves each a part of them. Then the ranks ask each
-        other.
+        Every element is looked at, by the sums of the gradients; a sum that is not finite is looked into. Gradients are
+        already reduced here: all ranks see the same, unless a strategy leaves each a part of them. Then the ranks ask
+        each other.
         """
         if engine is not None and not engine.is_gradient_accumulation_boundary():
             return []
         if hasattr(getattr(engine, "optimizer", None), "has_overflow"):
             return zero_broken(engine)
-        weights, others = self._named("weights"), self._named("others")
-        broken = self._broken_here(weights, others)
-        device = engine.device if engine is not None else reduction_device(p for _, p in weights + others)
+        named = self._parameters()
+        broken = broken_names(named)
+        device = engine.device if engine is not None else reduction_device(p for _, p in named)
         if device is None or not on_any_rank(bool(broken), device):
             return broken
         return names_of_all_ranks(broken)
 
-    def _broken_here(self, weights: Named, others: Named) -> list[str]:
-        """Names of the parameters of whose gradient this rank's part is not finite."""
-        found = gradients(weights)
-        spread = not self.weights_only and all(state.format.damage_spreads for state in self.states().values())
-        sampled = found if spread else []
-        found = found + gradients(others)
-        probes = [grad.as_strided((), ()).float() for _, grad in sampled]
-        probes += [grad.sum().float() for _, grad in found[len(sampled) :]]
-        if not probes or bool(torch.isfinite(torch.stack(probes)).all()):
-            return []
-        return [name for name, grad in found if not bool(torch.isfinite(grad).all())]
-
     def _trained(self) -> int:
-        return sum(p.requires_grad for _, p in self._named("weights") + self._named("others"))
+        return sum(p.requires_grad for _, p in self._parameters())
 
-    def _named(self, kind: Literal["weights", "others"]) -> Named:
-        """Names and parameters: the converted layers' weights, or all others."""
-        conversions = self._conversions.values()
-        return [(name, current(m, name, p)) for m, conversion in conversions for name, p in getattr(conversion, kind)]
+    def _parameters(self) -> Named:
+        """Names and parameters of the models as they are now."""
+        return [(prefix + name, p) for prefix, module, _ in self._converted() for name, p in module.named_parameters()]
 
     def _publish(self, trainer: Any) -> None:
         """Log the figures of a sampled step, the mean over the layers where they are finite (SQNR may not be)."""
@@ -279,7 +322,7 @@ class QuantizedPrecisionMixin:
         if collected:
             self.metrics = {key: statistics.mean(values) for key, values in finite.items() if values}
             for logger in trainer.loggers:
-                logger.log_metrics(self.metrics, step=trainer.global_step)
+                logger.log_metrics(self.metrics, step=self._current_step())
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -310,17 +353,25 @@ class QuantizedPrecisionMixin:
         self.weights_only = own["phase"] == "weights_only"
         self.seeds.seed, self.seeds.calls = own.get("seed"), own.get("calls", 0)
         self._loaded = own.get("memory", {})
-        self._apply_state()
+        self._restart()
         super().load_state_dict(state_dict)  # type: ignore[misc]
 
     def _apply_state(self) -> None:
         for name, state in self.states().items():
             state.weights_only = self.weights_only
-            for role, values in self._loaded.get(name, {}).items():
+            for role, values in self._loaded.pop(name, {}).items():  # once: from then on the layer knows better
                 if role in state.memories:
-                    state.memories[role].estimate.load_state_dict(values)
+                    state.memories[role].load(values)
 
     def begin_fine_tuning(self) -> None:
         """From now on only the weights are quantised; inputs, gradients and products are in high precision."""
-        self.weights_only = True
-        self._apply_state()
+        self._set_phase(weights_only=True)
+
+    def end_fine_tuning(self) -> None:
+        """From now on everything is quantised again."""
+        self._set_phase(weights_only=False)
+
+    def _set_phase(self, *, weights_only: bool) -> None:
+        self.weights_only = weights_only
+        for state in self.states().values():
+            state.weights_only = weights_only

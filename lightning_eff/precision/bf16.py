@@ -19,18 +19,22 @@ import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_eff.errors import NoEffectWarning
+from lightning_eff.errors import NoEffectWarning, UnsupportedCombinationError
 from lightning_eff.integration.precision import check_strategy
+from lightning_eff.integration.runs import Run
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.optim.bf16 import Update, bf16_updates
+from lightning_eff.optim.bf16 import ShadowedOptimizer, Update, bf16_updates
+from lightning_eff.optim.handover import Left, hand_over, left_by, take_back, versions
+from lightning_eff.optim.steps import Closure
 from lightning_eff.precision.config import variant_of
+from lightning_eff.precision.run import RunMixin
 from lightning_eff.precision.state import seed_of_rank_0
 
 VARIANTS = {"sr": "bf16-sr", "kahan": "bf16-kahan", "split": "bf16-split"}
 """Update -> string."""
 
 
-class BF16Mixin:
+class BF16Mixin(RunMixin):
     """Weights, activations and gradients in bfloat16; weight updates in float32, written back without losing them.
 
     Args:
@@ -39,7 +43,8 @@ class BF16Mixin:
 
     Raises:
         ConfigurationError: ``update`` is not known, or contradicts the string the method was asked for by.
-        UnsupportedCombinationError: the optimizer evaluates its closure several times (LBFGS).
+        UnsupportedCombinationError: the optimizer evaluates its closure several times (LBFGS); or a raw optimizer that
+            is none of the Trainer's steps bfloat16 parameters of the model.
 
     State: in the optimizer's state, ``lo`` (split) or ``compensation`` (kahan) of each parameter, and under ``bf16``
     ``update``, ``seed``, ``steps`` and (sr) ``streams``, one number for each parameter, from its name.
@@ -62,6 +67,22 @@ class BF16Mixin:
         self._seed: int | None = None
         self._models: list[nn.Module] = []
         self._adopted: list[Any] = []
+        self._run = Run()
+        self._left: Left | None = None
+        self._new: list[Any] = []
+        self._versions: dict[int, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the options; what a run leaves to the next is the original's."""
+        return {**self.__dict__, "_left": None, "_new": [], "_versions": {}, "_models": [], "_adopted": []}
+
+    def _forget_run(self) -> None:
+        """Begin without what another run has left behind."""
+        self._seed, self._left = None, None
+
+    def _restart(self) -> None:
+        """Undo the handover: a checkpoint holds what the optimizers go on with."""
+        take_back(self._new, self._optimizers())
 
     # ------------------------------------------------------------------------------------------ optimizers
 
@@ -77,6 +98,8 @@ class BF16Mixin:
                 NoEffectWarning,
                 stacklevel=2,
             )
+        self._new = [] if self._left is None else hand_over(self._left, optimizers)
+        self._left = None
         return super().connect(model, optimizers, lr_schedulers)  # type: ignore[misc]
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,9 +124,24 @@ class BF16Mixin:
         models = enumerate(self._models)
         return names | {p: f"{number}.{i}.{name}" for i, model in models for name, p in model.named_parameters()}
 
+    def before_step(self, optimizer: Any, closure: Closure | None) -> Closure | None:
+        """Refuse an optimizer that would lose small updates: one that neither Trainer nor Fabric has told of."""
+        if not isinstance(optimizer, ShadowedOptimizer) and self._run.has(optimizer):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            if any(p.dtype is torch.bfloat16 for p in params):
+                raise UnsupportedCombinationError(
+                    f"{self.eff_method}: a {type(optimizer).__name__} that is not one of the Trainer's (or Fabric's) "
+                    f"is about to update bfloat16 parameters of the model, and would lose small updates. Return it "
+                    f"from configure_optimizers (give it to fabric.setup), or make it with "
+                    f"lightning_eff.optim.bf16_updates(optimizer, update={self.update!r})."
+                )
+        return closure
+
     def teardown(self) -> None:
-        """Forget the seed, the model and the optimizers: the next run has its own."""
-        self._seed, self._models, self._adopted = None, [], []
+        """Forget the seed, the next run takes its own; note the weights that the lower halves belong to."""
+        self._versions = versions(self._optimizers())
+        self._seed, self._new, self._models, self._adopted = None, [], [], []
+        self._end_run()
         super().teardown()  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------ as in bf16-true
@@ -111,6 +149,8 @@ class BF16Mixin:
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert the module's floating parameters and buffers to bfloat16."""
         module = super().convert_module(module)  # type: ignore[misc]
+        if self._start_run(module):
+            self._left = left_by(self._optimizers(), self._versions)
         trainer = getattr(module, "_trainer", None)
         if trainer is not None:
             check_strategy(self.info, trainer.strategy)
@@ -129,6 +169,18 @@ class BF16Mixin:
     def module_init_context(self) -> Any:
         """New modules are bfloat16."""
         return _default_bf16()
+
+    @contextlib.contextmanager
+    def train_step_context(self) -> Generator[None]:
+        """As in bf16-true; optimizers that have taken the place of others since are adopted."""
+        for optimizer in self._optimizers():
+            self._adopt(optimizer)
+        with super().train_step_context():  # type: ignore[misc]
+            yield
+
+    def _optimizers(self) -> list[Any]:
+        """The Trainer's, as they are now; none with Fabric."""
+        return [] if self._run.trainer is None else list(self._run.trainer.strategy.optimizers)
 
     def forward_context(self) -> Any:
         """New floating tensors in a forward pass are bfloat16."""

@@ -30,7 +30,6 @@ class BF16Format(Format):
     config: LayerConfig
 
     nibbles = 4
-    damage_spreads = False
 
     def native(self, device: torch.device) -> bool:
         """Torch chooses how to multiply bfloat16: units made for it where there are some, float32 elsewhere."""

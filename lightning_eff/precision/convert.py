@@ -1,66 +1,61 @@
-"""Turn a model's layers into their quantised twins, in place, and back; and say what was done to each and why."""
+"""Turn a model's layers into their quantised twins, in place, and back; and say what was done to each and why.
+
+The module tree belongs to the user and changes: layers come, go and are replaced while a run goes on.
+:meth:`Conversion.update` looks at the tree again.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.errors import ConfigurationError, InternalError
 from lightning_eff.precision import operators  # noqa: F401 - registers what compiled graphs call
 from lightning_eff.precision.config import LayerConfig
-from lightning_eff.precision.layers import STATE, twin_of
-from lightning_eff.precision.relu import PackedReLU
-from lightning_eff.precision.sharded import is_dtensor, own_class, put_in, shape_of
+from lightning_eff.precision.layers import mixin_of
+from lightning_eff.precision.relu import ReLUTwin
+from lightning_eff.precision.sharded import is_dtensor, own_class, shape_of, with_base
 from lightning_eff.precision.state import LayerState, RecentInputs, SeedStream
+from lightning_eff.precision.twins import ENCODERS, FLOATS, STATE, Twin, twin_class
 
 _SUPPORTED = "Linear, Conv1d, Conv2d, Conv3d, MultiheadAttention, transformers' Conv1D"
-_FAST_PATH = "activation_relu_or_gelu"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the conversion table; ``reason`` is empty for a converted layer."""
+    """One row of the conversion table; ``reason`` is empty for a converted layer, which may have a ``note``."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
     reason: str = ""
+    note: str = ""
 
 
-@dataclass
-class Conversion:
-    """What :func:`convert` did: the table, the converted layers' states and weights, other parameters, the way back."""
+@dataclass(frozen=True)
+class Change:
+    """What :meth:`Conversion.update` found: the rows of layers that came, and of layers that went."""
 
-    rows: list[Layer] = field(default_factory=list)
-    states: dict[str, LayerState] = field(default_factory=dict)
-    weights: list[tuple[str, nn.Parameter]] = field(default_factory=list)
-    others: list[tuple[str, nn.Parameter]] = field(default_factory=list)
-    modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
-    _encoders: list[tuple[nn.Module, int]] = field(default_factory=list)
+    came: list[Layer] = field(default_factory=list)
+    went: list[Layer] = field(default_factory=list)
 
-    @property
-    def layers(self) -> int:
-        """Number of converted layers."""
-        return sum(not row.reason for row in self.rows)
 
-    def undo(self) -> None:
-        """Give every module its class back; harmless when called twice."""
-        for module, kind in self.modules:
-            module.__class__ = put_in(type(module), own_class(kind))
-            module.__dict__.pop(STATE, None)
-        for module, activation in self._encoders:
-            setattr(module, _FAST_PATH, activation)
-        self.modules, self._encoders = [], []
-
-    def saved_bytes(self) -> tuple[int, int]:
-        """Bytes the converted layers kept for backward in their last forward, and what float32 would have kept."""
-        states = self.states.values()
-        return sum(s.saved_bytes for s in states), sum(s.saved_bytes_fp32 for s in states)
+def _own_modules(model: nn.Module) -> set[int]:
+    """Ids of the modules that are reached without passing through a metric; a metric's own networks only measure."""
+    found: set[int] = set()
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if id(module) not in found and not isinstance(module, Metric):
+            found.add(id(module))
+            pending.extend(module.children())
+    return found
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -74,7 +69,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             whole = parametrisations if isinstance(parametrisations, nn.ModuleDict) else module
             inside.update(id(part) for part in whole.modules())
             yield name, module
-        elif twin_of(module) is not None or any(_is_matrix(p) for p in module.parameters(recurse=False)):
+        elif mixin_of(module) is not None or any(_is_matrix(p) for p in module.parameters(recurse=False)):
             yield name, module
 
 
@@ -92,30 +87,51 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
         return ()
 
 
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """What has a state of its own, by suffix: the two products of an attention read and write different tensors."""
+    return {"": module, ".out_proj": module.out_proj} if isinstance(module, nn.MultiheadAttention) else {"": module}
+
+
+def _kind(module: nn.Module) -> str:
+    return own_class(type(module)).__name__
+
+
+# --------------------------------------------------------------------------------------------------------- reasons
+
+
 def _unsupported(module: nn.Module) -> str:
     """Why ``module`` has no quantised twin."""
     own = own_class(type(module))
     kind, from_torch = own.__name__, own.__module__.startswith("torch.nn")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "a table, no product"
+    base = next((b.__name__ for b in own.__mro__[1:] if b.__module__.startswith("torch.nn") and b is not nn.Module), "")
+    if base and not from_torch:
+        return f"{kind} is a subclass of {base} with a forward of its own"
+    return f"{kind} has no low-precision form; supported are {_SUPPORTED}"
+
+
+def _not_now(module: nn.Module) -> str:
+    """Why this object is left alone although its type has a twin."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run one batch before fit so that its shape is known"
     if hasattr(module, "parametrizations"):
         return "parametrised: its weight is computed, not stored"
-    base = next((b.__name__ for b in own.__mro__[1:] if b.__module__.startswith("torch.nn") and b is not nn.Module), "")
-    if base and not from_torch:
-        return f"{kind} is a subclass of {base} and may have a forward of its own"
-    return f"{kind} has no low-precision form; supported are {_SUPPORTED}"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced on the object, which would go past the products"
+    if isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn):
+        return "add_bias_kv and add_zero_attn have no low-precision form"
+    return _weight_reason(module)
 
 
-def _attention_reason(module: nn.Module) -> str:
-    extra = isinstance(module, nn.MultiheadAttention) and (module.bias_k is not None or module.add_zero_attn)
-    return "add_bias_kv and add_zero_attn have no low-precision form" if extra else ""
-
-
-def _split_reason(module: nn.Module) -> str:
-    whole = getattr(module, "_is_fsdp_managed_module", False) or not any(is_dtensor(p) for p in module.parameters())
-    return "" if whole else "its weight is a DTensor that fully_shard does not make whole (tensor parallelism)"
+def _weight_reason(module: nn.Module) -> str:
+    parameters = list(module.parameters())
+    if not getattr(module, "_is_fsdp_managed_module", False) and any(is_dtensor(p) for p in parameters):
+        return "its weight is a DTensor that fully_shard does not make whole (tensor parallelism)"
+    dtype = next((p.dtype for p in parameters if p.dtype not in FLOATS), None)
+    if dtype is not None:
+        return f"its numbers are {str(dtype).removeprefix('torch.')}, which low precision would not stand for"
+    return ""
 
 
 def _exempt_by_pattern(name: str, config: LayerConfig) -> str:
@@ -132,24 +148,146 @@ def _check_patterns(config: LayerConfig, names: list[str]) -> None:
             )
 
 
-def _reasons(found: list[tuple[str, nn.Module]], config: LayerConfig, device: torch.device) -> dict[str, str]:
+def _reasons(
+    model: nn.Module, found: list[tuple[str, nn.Module]], config: LayerConfig, device: torch.device
+) -> dict[str, str]:
     """Layer name -> why it is left alone, empty if it is converted."""
-    reasons = {
-        name: _attention_reason(module)
-        or _split_reason(module)
-        or _exempt_by_pattern(name, config)
-        or config.too_slow(_shape(module), device)
-        if twin_of(module)
-        else _unsupported(module)
-        for name, module in found
-    }
+    own = _own_modules(model)
+    reasons = {name: _reason(name, module, own, config, device) for name, module in found}
     if config.exempt_first_last:
-        quantizable = [name for name, module in found if twin_of(module)]
+        quantizable = [name for name, module in found if mixin_of(module) and id(module) in own]
         starts_with_table = bool(found) and isinstance(found[0][1], nn.Embedding | nn.EmbeddingBag)
         for name, which in ((quantizable[:1] if not starts_with_table else [], "first"), (quantizable[-1:], "last")):
             for layer in name:
                 reasons[layer] = reasons[layer] or f"exempt: the {which} layer (exempt_first_last=False converts it)"
     return reasons
+
+
+def _reason(name: str, module: nn.Module, own: set[int], config: LayerConfig, device: torch.device) -> str:
+    if id(module) not in own:
+        return "inside a metric, which would report other numbers"
+    if mixin_of(module) is None:
+        return _unsupported(module)
+    return _not_now(module) or _exempt_by_pattern(name, config) or config.too_slow(_shape(module), device)
+
+
+# ------------------------------------------------------------------------------------------------------ conversion
+
+
+class Conversion:
+    """The converted layers of one model in one run: the table, their states, the way back.
+
+    Args:
+        model: any module; a layer used in several places is converted once.
+        config: options of the method.
+        seeds: stream of rounding seeds.
+        device: where the model will run.
+
+    Attributes:
+        rows: the table, in the order of the model.
+        states: layer name -> state, of every converted layer.
+    """
+
+    def __init__(self, model: nn.Module, config: LayerConfig, seeds: SeedStream, device: torch.device) -> None:
+        self.model, self.config, self.seeds, self.device = model, config, seeds, device
+        self.rows: list[Layer] = []
+        self.states: dict[str, LayerState] = {}
+        self._recent = RecentInputs()
+        self._seen: list[nn.Module] = []
+        self._rows_of: dict[int, Layer] = {}
+        self._given: dict[int, tuple[nn.Module, type[nn.Module], type[nn.Module]]] = {}
+
+    @property
+    def layers(self) -> int:
+        """Number of converted layers."""
+        return sum(not row.reason for row in self.rows)
+
+    def update(self) -> Change:
+        """Look at the module tree: convert what has come, give back what has gone. Cheap where nothing has changed."""
+        now = list(self.model.modules())
+        if now == self._seen:
+            return Change()
+        self._seen = now  # keeps every module alive, so that an id stands for one
+        present = {id(module) for module in now}
+        went = [self._rows_of.pop(key) for key in set(self._rows_of) - present]
+        for key in set(self._given) - present:
+            self._give_back(key)
+        came = self._convert()
+        self._swap_others(now)
+        return Change(came, went)
+
+    def _convert(self) -> list[Layer]:
+        found = list(_candidates(self.model))
+        if not self.rows:
+            _check_patterns(self.config, [name for name, _ in found])
+        reasons, came = _reasons(self.model, found, self.config, self.device), []
+        for name, module in found:
+            row = self._rows_of.get(id(module))
+            if row is None:
+                frozen = not any(p.requires_grad for p in module.parameters())
+                note = "" if reasons[name] or not frozen else "frozen: plain until a gradient passes"
+                row = Layer(name, _kind(module), _shape(module), reasons[name], note)
+                came.append(row)
+                if not row.reason:
+                    self._convert_layer(module, on_path=not frozen)
+            self._rows_of[id(module)] = replace(row, name=name)  # another that was inserted before it moves it
+        self.rows = [self._rows_of[id(module)] for _, module in found]
+        self.states = dict(self._named_states(found))
+        return came
+
+    def _convert_layer(self, module: nn.Module, *, on_path: bool) -> None:
+        for part in _parts(module).values():
+            state = part.__dict__[STATE] = LayerState("", self.config, self.seeds, self._recent)
+            state.on_path = on_path
+        self._swap(module, mixin_of(module))
+
+    def _named_states(self, found: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, LayerState]]:
+        """The states of the layers as the tree is now, under the names they have now."""
+        for name, module in found:
+            for suffix, part in _parts(module).items():
+                if STATE in part.__dict__:
+                    state: LayerState = part.__dict__[STATE]
+                    state.name = f"{name}{suffix}".lstrip(".")
+                    yield state.name, state
+
+    def _swap_others(self, modules: list[nn.Module]) -> None:
+        """Pack ReLUs; keep torch from the fused inference paths of encoders, which read the weights themselves."""
+        if not self.states:
+            return
+        own = _own_modules(self.model)
+        for module in modules:
+            if id(module) in self._given or id(module) not in own:
+                continue
+            if isinstance(module, nn.ReLU) and type(module).forward is nn.ReLU.forward and self.config.pack_relu:
+                self._swap(module, ReLUTwin)
+            encoder = next((mixin for kind, mixin in ENCODERS.items() if isinstance(module, kind)), None)
+            if encoder is not None and any(STATE in part.__dict__ for part in module.modules()):
+                self._swap(module, encoder)
+
+    def _swap(self, module: nn.Module, mixin: type[Twin] | None) -> None:
+        if mixin is None:  # _reasons gives every layer without a twin a reason
+            raise InternalError(f"internal error: {type(module).__name__} has no twin")
+        own = own_class(type(module))
+        twin = twin_class(mixin, own)
+        self._given[id(module)] = module, twin, own
+        module.__class__ = with_base(type(module), own, twin)
+
+    def _give_back(self, key: int) -> None:
+        module, twin, own = self._given.pop(key)
+        module.__class__ = with_base(type(module), twin, own)
+        for part in _parts(module).values():
+            part.__dict__.pop(STATE, None)
+
+    def undo(self) -> None:
+        """Give every module its class back; harmless when called twice."""
+        for key in list(self._given):
+            self._give_back(key)
+        self._seen, self._rows_of = [], {}
+
+    def saved_bytes(self) -> tuple[int, int]:
+        """Bytes the converted layers kept for backward in their last forward, and what float32 would have kept."""
+        states = self.states.values()
+        return sum(s.saved_bytes for s in states), sum(s.saved_bytes_fp32 for s in states)
 
 
 def convert(
@@ -158,8 +296,8 @@ def convert(
     """Convert ``model`` in place.
 
     Layers are left in high precision when their name matches ``config.exempt``, when they are the first or the last
-    (an embedding in front counts as the first), when their type has no quantised twin, or when the method says that
-    they would get slower; each with its reason in ``Conversion.rows``.
+    (an embedding in front counts as the first), when their type has no quantised twin, when they belong to a metric, or
+    when the method says that they would get slower; each with its reason in ``Conversion.rows``.
 
     Args:
         model: any module; a layer used in several places is converted once.
@@ -170,53 +308,7 @@ def convert(
     Raises:
         ConfigurationError: a pattern in ``config.exempt`` matches no layer.
     """
-    seeds, recent = SeedStream() if seeds is None else seeds, RecentInputs()
-    result, found = Conversion(), list(_candidates(model))
-    _check_patterns(config, [name for name, _ in found])
     device = next((p.device for p in model.parameters()), torch.device("cpu")) if device is None else device
-    for name, reason in _reasons(found, config, device).items():
-        module = model.get_submodule(name)
-        result.rows.append(Layer(name, own_class(type(module)).__name__, _shape(module), reason))
-        if not reason:
-            _swap(module, LayerState(name, config, seeds, recent), result)
-            if isinstance(module, nn.MultiheadAttention):  # its two products read and write different tensors
-                _give_state(module.out_proj, LayerState(f"{name}.out_proj".lstrip("."), config, seeds, recent), result)
-    known = {id(weight) for _, weight in result.weights}
-    result.others = [(name, p) for name, p in model.named_parameters() if id(p) not in known]
-    for module in model.modules():
-        if config.pack_relu and type(module) is nn.ReLU and result.states:
-            result.modules.append((module, nn.ReLU))
-            module.__class__ = PackedReLU
-        # The fused inference path of TransformerEncoderLayer reads raw weights; this value makes torch refuse it.
-        if isinstance(module, nn.TransformerEncoderLayer) and getattr(module, _FAST_PATH, False):
-            result._encoders.append((module, getattr(module, _FAST_PATH)))
-            setattr(module, _FAST_PATH, 0)
-    return result
-
-
-def _swap(module: nn.Module, state: LayerState, result: Conversion) -> None:
-    twin, name = twin_of(module), state.name
-    if twin is None:  # _reasons gives every layer without a twin a reason
-        raise RuntimeError(f"internal error: {name} has no twin")
-    kind = type(module)
-    result.weights += [(f"{name}.{key}", p) for key, p in module.named_parameters() if len(shape_of(p)) >= 2]
-    _give_state(module, state, result)
-    module.__class__ = put_in(kind, _with_base(twin, own_class(kind)))
-
-
-def _give_state(module: nn.Module, state: LayerState, result: Conversion) -> None:
-    result.modules.append((module, type(module)))
-    result.states[state.name] = state
-    module.__dict__[STATE] = state
-
-
-_JOINED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
-
-
-def _with_base(twin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    """A twin that is not derived from the plain class (a third party's) becomes so."""
-    if issubclass(twin, kind) or twin.__mro__[1] is not nn.Module:
-        return twin
-    if (twin, kind) not in _JOINED:
-        _JOINED[twin, kind] = type(twin.__name__, (twin, kind), {"__module__": twin.__module__})
-    return _JOINED[twin, kind]
+    conversion = Conversion(model, config, SeedStream() if seeds is None else seeds, device)
+    conversion.update()
+    return conversion

@@ -54,8 +54,6 @@ class FittedFormatOfLayer(Format):
 
     config: FittedConfig
 
-    damage_spreads = False
-
     def native(self, device: torch.device) -> bool:
         """Never: values are multiplied as bfloat16, which holds them exactly."""
         return False

@@ -97,6 +97,11 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         self._scales: dict[str, float] = {}
         self._begin(FlexpointConfig(**options))
 
+    def _forget_run(self) -> None:
+        """See the base class; what was written belongs to the model it was written for."""
+        super()._forget_run()
+        self._weights, self._scales = {}, {}
+
     # ------------------------------------------------------------------------------------------ weights in 16 bits
 
     def _after_step(self, optimizer: Any) -> None:
@@ -135,9 +140,6 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         for state in self.states().values():
             state.written = written
 
-    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p) for module, _ in self._conversions.values() for name, p in module.named_parameters())
-
     def _forget_other_weights(self) -> None:
         """A second fit may bring weights of its own, which were never written."""
         for name, p in self._parameters():
@@ -158,7 +160,7 @@ class FlexpointMixin(QuantizedPrecisionMixin):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See the class."""
         own = state_dict["weights"]
-        self._scales = dict(own["scales"])
+        self._scales, self._weights = dict(own["scales"]), {}
         for name, values in own["memory"].items():
             self._weights[name] = Memory(self.config.autoflex())
             self._weights[name].estimate.load_state_dict(values)

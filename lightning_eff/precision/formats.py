@@ -48,8 +48,6 @@ class Format(ABC):
     """Half bytes kept for backward per element of an input."""
     one_code_for_all: bool = True
     """Whether the codes kept of an input are those of the output: then layers that read one input share them."""
-    damage_spreads: bool = True
-    """Whether one NaN or Inf makes a whole tensor NaN, because all its elements have one scale."""
 
     @abstractmethod
     def native(self, device: torch.device) -> bool:

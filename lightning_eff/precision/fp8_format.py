@@ -108,7 +108,6 @@ class RowwiseFP8Format(FP8Format):
     """
 
     one_code_for_all = False
-    damage_spreads = False
 
     def saved_scales(self, columns: int | None) -> int:
         """One for each input feature, because the weight gradient sums over the rows."""

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from lightning_eff.errors import UnsupportedLayerError
 from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels.convolution import conv_forward, conv_input_grad, conv_weight_grad
 from lightning_eff.kernels.geometry import Geometry, Triple
+from lightning_eff.kernels.layout import channels_last, images
 from lightning_eff.kernels.products import scaled_product
 from lightning_eff.precision.formats import SavedInput, WeightCodes
 from lightning_eff.precision.state import LayerState
@@ -158,14 +160,22 @@ def _taps_before_channels(weight: Tensor) -> Tensor:
 
 def _to_last(x: Tensor) -> Tensor:
     """(N, C, *space) -> contiguous (N, D, H, W, C), missing axes of size 1 in front."""
-    x = x.reshape(*x.shape[:2], *(1,) * (5 - x.dim()), *x.shape[2:])
-    return x.permute(0, 2, 3, 4, 1).contiguous()
+    x = channels_last(x)
+    return x.view(x.shape[0], *(1,) * (5 - x.dim()), *x.shape[1:])
 
 
-def _to_first(x: Tensor, dims: int) -> Tensor:
-    """(N, D, H, W, C) -> (N, C, *space) with ``dims`` spatial axes, a view with channels-last strides."""
-    x = x.permute(0, 4, 1, 2, 3)
-    return x.reshape(*x.shape[:2], *x.shape[5 - dims :])
+def channels_last_result(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
+    """Whether torch's convolution of these tensors, and its gradients, are channels-last; else they are contiguous."""
+    dims = x.dim() - 2
+    if dims == 1:
+        return False
+    if torch.compiler.is_compiling():
+        return any(suggest_memory_format(t) is not torch.contiguous_format for t in (x, weight))
+    stride, padding, dilation = geometry.along(3 - dims)
+    sizes = None if bias is None else [bias.numel()]
+    shape = (stride, padding, dilation, False, (0,) * dims, geometry.groups)
+    backend = torch._C._select_conv_backend(x, weight, bias, *shape, sizes)
+    return torch._C._conv_determine_backend_memory_format(x, weight, backend) is not torch.contiguous_format
 
 
 def encode_kernel(weight: Tensor, state: LayerState) -> Codes:
@@ -181,16 +191,22 @@ def conv_forward_last(
     geometry: Geometry,
     *,
     save: bool,
+    keep_last: bool,
     share: bool = True,
 ) -> tuple[Tensor, SavedInput | None, Codes]:
-    """``x`` (N, C, *space), ``weight`` (O, C / groups, *kernel) -> output, what backward needs, weight codes."""
+    """``x`` (N, C, *space), ``weight`` (O, C / groups, *kernel) -> output, what backward needs, weight codes.
+
+    ``keep_last`` is the memory format of the output, see :func:`channels_last_result`.
+    """
     dtype = _result_dtype(x)
     with _no_autocast(x):
         codes, saved = state.encode_input(x, _to_last, save=save, share=share)
         kernel = encode_kernel(weight, state)
-        y = conv_forward(codes, kernel, geometry, native=state.native(x.device), bias=bias, dtype=dtype)
+        native = state.native(x.device)
+        y = conv_forward(codes, kernel, geometry, native=native, bias=bias, dtype=dtype, keep_last=keep_last)
         y = state.store(y, "output")
-    return _to_first(y, x.dim() - 2), saved, kernel
+    space = y.shape[1:-1] if keep_last else y.shape[2:]
+    return images(y, space[5 - x.dim() :], last=keep_last), saved, kernel
 
 
 def conv_backward_last(
@@ -204,23 +220,26 @@ def conv_backward_last(
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
+    *,
+    keep_last: bool,
 ) -> Grads:
-    """Gradients of input, weight and bias; ``None`` where not needed."""
+    """Gradients of input, weight and bias; ``None`` where not needed. ``keep_last`` as in the forward."""
     native, last = state.native(grad.device), _to_last(grad)
     space: Triple = (*(1,) * (5 - len(x_shape)), *x_shape[2:])  # type: ignore[assignment]
     dx = dw = None
     if needs[0] or needs[1]:
         codes = state.encode_grad(last)
     if needs[0]:
-        dx = conv_input_grad(codes.to_input, kernel, geometry, space, native=native, dtype=x_dtype)
-        dx = _to_first(state.store(dx, "input_grad"), len(x_shape) - 2)
+        dx = conv_input_grad(codes.to_input, kernel, geometry, space, native=native, dtype=x_dtype, keep_last=keep_last)
+        dx = images(state.store(dx, "input_grad"), x_shape[2:], last=keep_last)
     if needs[1] and saved is not None:
         x = state.restore_input(saved, (x_shape[0], *space, x_shape[1]))
         samples = codes.to_weight
         parts = [
             conv_weight_grad(s, x, geometry, native=native, factor=1 / len(samples), dtype=w_dtype) for s in samples
         ]
-        dw = state.store(functools.reduce(Tensor.add_, parts), "weight_grad").transpose(1, 2).reshape(weight_shape)
+        dw = state.store(functools.reduce(Tensor.add_, parts), "weight_grad")
+        dw = images(dw if keep_last else dw.transpose(1, 2).contiguous(), weight_shape[2:], last=keep_last)
     db = last.flatten(0, 3).sum(0, dtype=torch.float32).to(w_dtype) if needs[2] else None
     return dx, dw, db
 
@@ -234,7 +253,8 @@ class ConvFunction(torch.autograd.Function):
     ) -> Tensor:
         """See :func:`conv_forward_last`; ``train`` is whether gradients are being recorded."""
         save = train and weight.requires_grad
-        y, saved, ctx.codes = conv_forward_last(x, weight, bias, state, geometry, save=save)
+        ctx.keep_last = channels_last_result(x, weight, bias, geometry)
+        y, saved, ctx.codes = conv_forward_last(x, weight, bias, state, geometry, save=save, keep_last=ctx.keep_last)
         ctx.state, ctx.geometry, ctx.rest = state, geometry, (x.shape, weight.shape, x.dtype, weight.dtype)
         ctx.save_for_backward(*(saved or ()))
         return _owned(y)
@@ -248,8 +268,10 @@ class ConvFunction(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):
             x_shape, w_shape, x_dtype, w_dtype = ctx.rest
+            shapes, dtypes = (x_shape, w_shape), (x_dtype, w_dtype)
             grads = conv_backward_last(
-                grad, saved, ctx.codes, ctx.state, ctx.geometry, x_shape, w_shape, x_dtype, w_dtype, needs
+                *(grad, saved, ctx.codes, ctx.state, ctx.geometry, *shapes, *dtypes, needs),
+                keep_last=ctx.keep_last,
             )
         return *grads, None, None, None
 
@@ -264,6 +286,7 @@ def quantized_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerS
             bias,
             state.handle,
             numbers,
+            channels_last_result(x, weight, bias, geometry),
             _result_dtype(x),
             state.format.nibbles,
             state.format.saved_scales(None),

@@ -1,25 +1,21 @@
-"""Quantised twins of torch's layers, reached by changing a module's class in place.
-
-Parameters, buffers, hooks and ``state_dict`` keys are those of the plain layer; giving the class back makes it plain
-again. A twin finds its :class:`~lightning_eff.precision.state.LayerState` in ``module.__dict__``.
-"""
+"""Quantised twins of torch's linear and convolution layers; see :mod:`lightning_eff.precision.twins`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from lightning_eff.errors import UnsupportedLayerError
 from lightning_eff.kernels.geometry import Geometry, Triple, shared_geometry
 from lightning_eff.precision.functions import quantized_conv, quantized_linear
 from lightning_eff.precision.sharded import own_class
 from lightning_eff.precision.state import LayerState
-
-STATE = "_eff_state"
-"""Name of the attribute that holds a converted layer's state."""
+from lightning_eff.precision.twins import Twin, active_state, plain_of, takes
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -47,26 +43,58 @@ def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerSta
     return quantized_linear(x, weight, bias, state)
 
 
-class QuantLinear(nn.Linear):
+def over_nested(run: Callable[[Tensor], Tensor], x: Any) -> Tensor:
+    """Apply a linear map (rows, I) -> (rows, O) to the rows of a nested tensor."""
+    if x.layout is torch.jagged:
+        values = run(x.values())
+        return torch.nested.nested_tensor_from_jagged(values, offsets=x.offsets(), lengths=x.lengths())
+    parts = x.unbind()
+    rows = run(torch.cat([part.flatten(0, -2) for part in parts])).split([part.shape[:-1].numel() for part in parts])
+    return torch.nested.as_nested_tensor([y.view(*p.shape[:-1], -1) for y, p in zip(rows, parts, strict=True)])
+
+
+class LinearTwin(Twin):
     """:class:`torch.nn.Linear` with quantised products."""
 
-    _eff_state: LayerState
+    if TYPE_CHECKING:
+        weight: Tensor
+        bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return apply_linear(x, self.weight, self.bias, self._eff_state)
+        if torch.jit.is_scripting():
+            return F.linear(input, self.weight, self.bias)
+        return _linear(self, input, self.weight, self.bias)
 
 
-class QuantHFConv1D(nn.Module):
+class HFConv1DTwin(Twin):
     """Hugging Face's ``Conv1D``, a linear map whose weight is stored (I, O), with quantised products."""
 
-    _eff_state: LayerState
-    weight: Tensor
-    bias: Tensor
+    if TYPE_CHECKING:
+        weight: Tensor
+        bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return apply_linear(x, self.weight.t(), self.bias, self._eff_state)
+        if torch.jit.is_scripting():
+            return F.linear(x, self.weight.t(), self.bias)
+        return _linear(self, x, self.weight.t(), self.bias)
+
+
+def _linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    state = active_state(module, x)
+    if state is None:
+        return plain_of(module).forward(module, x)  # type: ignore[no-any-return]
+    if x.is_nested and x.size(-1) == weight.shape[1] and getattr(x, "_ragged_idx", 1) == 1:
+        return over_nested(lambda rows: _linear(module, rows, weight, bias), x)
+    if has_torch_function_unary(x):
+        return handle_torch_function(_linear, (x,), module, x, weight, bias)  # type: ignore[no-any-return]
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1] or not takes(state, x, weight, bias):
+        return plain_of(module).forward(module, x)  # type: ignore[no-any-return]
+    return apply_linear(x, weight, bias, state)
+
+
+# ----------------------------------------------------------------------------------------------------- convolution
 
 
 def _symmetric_padding(module: _ConvNd) -> tuple[int, ...] | None:
@@ -86,66 +114,81 @@ def _triple(values: tuple[int, ...], missing: int) -> Triple:
     return z, y, x
 
 
-class _QuantConv(_ConvNd):
-    _eff_state: LayerState
+class ConvTwin(Twin, _ConvNd):
+    """:class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d`` with quantised products."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    CALLED = (*Twin.CALLED, "_conv_forward")
+
+    def forward(self, input: Tensor) -> Tensor:
         """(N, C, *space) or (C, *space) -> (N, O, *space') or (O, *space')."""
-        if self._eff_state.weights_only:
-            weight = int4_weight(self.weight, self._eff_state)
-            return self._conv_forward(x, weight, self.bias)  # type: ignore[attr-defined,no-any-return]
-        dims = len(self.kernel_size)
-        if x.dim() == dims + 1:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        if x.dim() != dims + 2:
-            raise UnsupportedLayerError(
-                f"{self._eff_state.name}: {dims}-d convolution got an input of shape {tuple(x.shape)}; expected "
-                f"{dims + 2} dimensions (batch, channels, space) or {dims + 1} without batch."
-            )
-        padding = _symmetric_padding(self)
-        if padding is None:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0,) * dims
-        make = Geometry if torch.compiler.is_compiling() else shared_geometry
-        geometry = make(
-            _triple(self.kernel_size, 1),
-            _triple(self.stride, 1),
-            _triple(padding, 0),
-            _triple(self.dilation, 1),
-            self.groups,
-        )
-        return quantized_conv(x, self.weight, self.bias, self._eff_state, geometry)
+        if torch.jit.is_scripting():
+            return self._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return]
+        return _convolve(self, input)
 
 
-class QuantConv1d(_QuantConv, nn.Conv1d):
-    """:class:`torch.nn.Conv1d` with quantised products."""
+def _convolve(module: _ConvNd, x: Tensor) -> Tensor:
+    state = active_state(module, x)
+    if state is not None and has_torch_function_unary(x):
+        return handle_torch_function(_convolve, (x,), module, x)  # type: ignore[no-any-return]
+    if state is None or not takes(state, x, module.weight, module.bias) or not _fits(module, x):
+        return plain_of(module).forward(module, x)  # type: ignore[no-any-return]
+    if state.weights_only:
+        return module._conv_forward(x, int4_weight(module.weight, state), module.bias)  # type: ignore[no-any-return]
+    if x.dim() == len(module.kernel_size) + 1:
+        return _convolve(module, x.unsqueeze(0)).squeeze(0)
+    padding = _symmetric_padding(module)
+    if padding is None:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), (0,) * len(module.kernel_size)
+    return quantized_conv(x, module.weight, module.bias, state, _geometry(module, padding))
 
 
-class QuantConv2d(_QuantConv, nn.Conv2d):
-    """:class:`torch.nn.Conv2d` with quantised products."""
+def _geometry(module: _ConvNd, padding: tuple[int, ...]) -> Geometry:
+    make = Geometry if torch.compiler.is_compiling() else shared_geometry
+    kernel, stride, dilation = (_triple(v, 1) for v in (module.kernel_size, module.stride, module.dilation))
+    return make(kernel, stride, _triple(padding, 0), dilation, module.groups)
 
 
-class QuantConv3d(_QuantConv, nn.Conv3d):
-    """:class:`torch.nn.Conv3d` with quantised products."""
+def _fits(module: _ConvNd, x: Tensor) -> bool:
+    """Whether torch takes an input of this shape; what it does not take, it refuses in its own words."""
+    dims = len(module.kernel_size)
+    if x.dim() not in (dims + 1, dims + 2) or x.shape[-1 - dims] != module.in_channels:
+        return False
+    spans = zip(x.shape[-dims:], _total_padding(module), module.kernel_size, module.dilation, strict=True)
+    return all(n + added > d * (k - 1) for n, added, k, d in spans)
 
 
-TWINS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: QuantLinear,
-    NonDynamicallyQuantizableLinear: QuantLinear,
-    nn.Conv1d: QuantConv1d,
-    nn.Conv2d: QuantConv2d,
-    nn.Conv3d: QuantConv3d,
-}
-"""Exact layer type -> quantised twin. Subclasses may have a forward of their own and are left alone, and named."""
+def _total_padding(module: _ConvNd) -> list[int]:
+    """Elements added along each axis, both sides together."""
+    symmetric = _symmetric_padding(module)
+    if symmetric is not None:
+        return [2 * p for p in symmetric]
+    both = module._reversed_padding_repeated_twice[::-1]
+    return [a + b for a, b in zip(both[::2], both[1::2], strict=True)]
 
 
-def twin_of(module: nn.Module) -> type[nn.Module] | None:
-    """The quantised twin of ``module``, or None; what ``fully_shard`` made of a layer has the layer's."""
-    kind = own_class(type(module))
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return QuantHFConv1D
-    if kind is nn.MultiheadAttention:
-        from lightning_eff.precision.attention import QuantMultiheadAttention
+# --------------------------------------------------------------------------------------------------- which has one
 
-        return QuantMultiheadAttention
-    return TWINS.get(kind)
+
+def mixin_of(module: nn.Module) -> type[Twin] | None:
+    """The mixin that makes a quantised twin of ``module``, or None.
+
+    A subclass has its base's twin where it leaves the methods alone that the twin replaces. What ``fully_shard`` made
+    of a layer has the layer's.
+    """
+    own = own_class(type(module))
+    for base in own.__mro__:
+        mixin = _registered(base)
+        if mixin is not None:
+            return mixin if all(getattr(own, key) is getattr(base, key) for key in mixin.CALLED) else None
+    return None
+
+
+def _registered(base: type[nn.Module]) -> type[Twin] | None:
+    if base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils":
+        return HFConv1DTwin
+    if base is nn.MultiheadAttention:
+        from lightning_eff.precision.attention import AttentionTwin
+
+        return AttentionTwin
+    return {nn.Linear: LinearTwin, nn.Conv1d: ConvTwin, nn.Conv2d: ConvTwin, nn.Conv3d: ConvTwin}.get(base)

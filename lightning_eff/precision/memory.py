@@ -42,15 +42,27 @@ class Memory:
         self.estimate = estimate
         self.numbers = numbers
         self.seen: Tensor | None = None
+        self.learned = False
+        """Whether the estimate comes from an optimizer step; some begin with the first tensor they see."""
 
     def observe(self, values: Tensor) -> None:
         """Take in an observation, shape () or (numbers,), on any device; nothing is synchronised."""
         values = values.detach().to(torch.float32, copy=True).reshape(self.numbers)
         self.seen = values if self.seen is None else torch.maximum(self.seen, values)
 
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take the estimate of a checkpoint; one from before the first step is no more than a new one."""
+        self.learned = state != self.estimate.state_dict()
+        self.estimate.load_state_dict(state)
+
     def forget(self) -> None:
         """Drop what has been observed since the last step."""
         self.seen = None
+
+
+def learned(memories: Mapping[str, Memory], new: Mapping[str, Memory]) -> dict[str, Memory]:
+    """``memories``, with new ones where no optimizer step has shown anything: an evaluation leaves no trace."""
+    return {role: memory if memory.learned else new[role] for role, memory in memories.items()}
 
 
 _NOTHING = -math.inf
@@ -80,3 +92,4 @@ def advance(memories: Sequence[Memory], device: torch.device, *, replicas: int |
         memory.forget()
         if (found := values.tolist())[0] != _NOTHING:
             memory.estimate.update(*found)
+            memory.learned = True

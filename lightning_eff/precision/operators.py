@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.kernels.geometry import Geometry, shared_geometry
+from lightning_eff.kernels.layout import images
 from lightning_eff.precision import functions
 from lightning_eff.precision.formats import SavedInput
 from lightning_eff.precision.state import state_of
@@ -117,20 +118,22 @@ def conv(
     bias: Tensor | None,
     handle: Tensor,
     geometry: Sequence[int],
+    keep_last: bool,
     dtype: torch.dtype,
     nibbles: int,
     scales: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantised convolution: output, packed input and its scale."""
     y, saved, _ = functions.conv_forward_last(
-        x, weight, bias, state_of(handle), _geometry(geometry), save=True, share=False
+        *(x, weight, bias, state_of(handle), _geometry(geometry)), save=True, keep_last=keep_last, share=False
     )
     return _outputs(y, saved, dtype)
 
 
-def _channels_last(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An empty (N, C, *space) tensor with the strides the kernels produce."""
-    return x.new_empty((shape[0], *shape[2:], shape[1]), dtype=dtype).movedim(-1, 1)
+def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype, *, keep_last: bool) -> Tensor:
+    """An empty (N, C, *space) tensor of that memory format."""
+    made = (shape[0], *shape[2:], shape[1]) if keep_last else shape
+    return images(x.new_empty(made, dtype=dtype), shape[2:], last=keep_last)
 
 
 @conv.register_fake
@@ -140,13 +143,14 @@ def _(
     bias: Tensor | None,
     handle: Tensor,
     geometry: Sequence[int],
+    keep_last: bool,
     dtype: torch.dtype,
     nibbles: int,
     scales: int,
 ) -> Outputs:
     dims = x.dim() - 2
     size = _geometry(geometry).out_size((*(1,) * (3 - dims), *x.shape[2:]))[3 - dims :]
-    y = _channels_last(x, (x.shape[0], weight.shape[0], *size), dtype)
+    y = _empty(x, (x.shape[0], weight.shape[0], *size), dtype, keep_last=keep_last)
     return _fake_outputs(y, x, nibbles, scales)
 
 
@@ -161,14 +165,17 @@ def conv_backward(
     x_shape: Sequence[int],
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
+    keep_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias."""
     saved, state, needs = SavedInput(packed, scale), state_of(handle), (True, True, True)
     kernel, shapes = functions.encode_kernel(weight, state), (torch.Size(x_shape), weight.shape)
-    dx, dw, db = _all(
-        functions.conv_backward_last(grad, saved, kernel, state, _geometry(geometry), *shapes, x_dtype, w_dtype, needs)
+    dtypes = (x_dtype, w_dtype)
+    return _all(
+        functions.conv_backward_last(
+            *(grad, saved, kernel, state, _geometry(geometry), *shapes, *dtypes, needs), keep_last=keep_last
+        )
     )
-    return dx, dw.contiguous(), db
 
 
 @conv_backward.register_fake
@@ -182,9 +189,11 @@ def _(
     x_shape: Sequence[int],
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
+    keep_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dw = grad.new_empty(weight.shape, dtype=w_dtype)
-    return _channels_last(grad, x_shape, x_dtype), dw, grad.new_empty((weight.shape[0],), dtype=w_dtype)
+    dx = _empty(grad, x_shape, x_dtype, keep_last=keep_last)
+    dw = _empty(grad, weight.shape, w_dtype, keep_last=keep_last)
+    return dx, dw, grad.new_empty((weight.shape[0],), dtype=w_dtype)
 
 
 def _all(grads: functions.Grads) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,15 +204,15 @@ def _all(grads: functions.Grads) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    x, weight, bias, handle, geometry, *_ = inputs
+    x, weight, bias, handle, geometry, keep_last, *_ = inputs
     ctx.save_for_backward(*output[1:], weight, handle)
-    ctx.rest = (geometry, x.shape, x.dtype, weight.dtype)
+    ctx.rest = (geometry, x.shape, x.dtype, weight.dtype, keep_last)
     ctx.has_bias = bias is not None
 
 
 def _conv_grads(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dx, dw, db = torch.ops.lightning_eff.conv_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return dx, dw, db if ctx.has_bias else None, None, None, None, None, None
+    return dx, dw, db if ctx.has_bias else None, None, None, None, None, None, None
 
 
 conv.register_autograd(_conv_grads, setup_context=_conv_setup)

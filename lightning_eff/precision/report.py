@@ -40,5 +40,6 @@ def conversion_table(conversion: Conversion, *, title: str, formats: str) -> Tab
         table.add_column(column, overflow="fold")
     for row in conversion.rows:
         shape = "x".join(map(str, row.shape)) or "-"
-        table.add_row(row.name or "(model)", row.kind, shape, f"[dim]{row.reason}[/dim]" if row.reason else formats)
+        done = f"{formats}; {row.note}" if row.note else formats
+        table.add_row(row.name or "(model)", row.kind, shape, f"[dim]{row.reason}[/dim]" if row.reason else done)
     return table

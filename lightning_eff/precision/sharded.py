@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Named = list[tuple[str, Any]]
-_AROUND: dict[tuple[type[Any], type[nn.Module]], type[nn.Module]] = {}
 
 
 def _wrapper(kind: type[nn.Module]) -> type[Any] | None:
@@ -30,16 +29,18 @@ def own_class(kind: type[nn.Module]) -> type[nn.Module]:
     return kind if _wrapper(kind) is None else kind.__bases__[1]
 
 
-def put_in(kind: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
-    """``kind`` with ``own`` in place of its own class: what ``fully_shard`` would have made of a module of ``own``."""
-    wrapper = _wrapper(kind)
-    if wrapper is None:
-        return own
-    if (wrapper, own) not in _AROUND:
-        prefix = kind.__name__.removesuffix(own_class(kind).__name__)
-        members = {key: kind.__dict__[key] for key in ("__deepcopy__", "__module__") if key in kind.__dict__}
-        _AROUND[wrapper, own] = type(prefix + own.__name__, (wrapper, own), members)
-    return _AROUND[wrapper, own]
+def with_base(kind: type[Any], old: type[Any], new: type[Any]) -> type[Any]:
+    """``kind`` with ``new`` in place of its ancestor ``old``: what would have been derived from ``new``.
+
+    ``fully_shard`` and ``parametrize`` derive a class from a module's own, before a layer is converted or after.
+    """
+    if kind is old:
+        return new
+    bases = tuple(with_base(base, old, new) for base in kind.__bases__)
+    if bases == kind.__bases__:
+        return kind
+    body = {key: value for key, value in kind.__dict__.items() if key not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, bases, body)
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
@@ -50,24 +51,30 @@ def shape_of(parameter: Tensor) -> torch.Size:
 
 def is_dtensor(x: Tensor) -> bool:
     """Whether ``x`` is a DTensor; torch.distributed.tensor is not imported to find out."""
-    return hasattr(x, "to_local") and hasattr(x, "device_mesh")
+    return type(x) not in (Tensor, nn.Parameter) and hasattr(x, "to_local") and hasattr(x, "device_mesh")
 
 
-def current(model: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """``parameter``, or what stands in its place: Fabric shards a model after it has been converted."""
-    if parameter.grad is not None or not parameter.requires_grad:
-        return parameter
-    path, _, key = name.rpartition(".")
-    found = model.get_submodule(path)._parameters.get(key)
-    return parameter if found is None else found
+def _part(name: str, grad: Tensor) -> tuple[str, Tensor]:
+    """This rank's part of a gradient, dense."""
+    part = grad.to_local() if is_dtensor(grad) else grad.detach()  # type: ignore[attr-defined]
+    return name, part._values() if part.is_sparse else part
 
 
-def gradients(parameters: Named) -> Named:
-    """Names and gradients, where there are any: this rank's part, dense."""
-    grads = ((name, p.grad.detach()) for name, p in parameters if p.grad is not None)
-    parts = ((name, grad.to_local() if is_dtensor(grad) else grad) for name, grad in grads)
-    dense = ((name, part._values() if part.is_sparse else part) for name, part in parts)
-    return [(name, part) for name, part in dense if part.numel()]
+def broken_names(parameters: Named) -> list[str]:
+    """Names of the parameters of whose gradient this rank's part holds NaN or Inf; one pass, one synchronisation.
+
+    The sum of a tensor with such an element is not finite. One that overflows is looked into and found to be sound.
+    """
+    found = [_part(name, p.grad) for name, p in parameters if p.grad is not None]
+    found = [(name, grad) for name, grad in found if grad.numel()]
+    if not found:
+        return []
+    grads = [grad for _, grad in found]
+    on_gpu = all(grad.is_cuda for grad in grads)
+    sums = torch._foreach_norm(grads) if on_gpu else [grad.sum() for grad in grads]  # on a GPU one launch for all
+    if bool(torch.isfinite(torch.stack([value.float() for value in sums])).all()):
+        return []
+    return [name for name, grad in found if not bool(torch.isfinite(grad).all())]
 
 
 def reduction_device(parameters: Iterable[Tensor]) -> torch.device | None:

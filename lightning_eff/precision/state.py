@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_eff.errors import EffWarning
 from lightning_eff.functional import sqnr_db
 from lightning_eff.functional.formats import Codes
 from lightning_eff.functional.random import rank_seed
@@ -106,6 +108,10 @@ def state_of(handle: Tensor) -> LayerState:
     return _STATES[int(handle)]
 
 
+def _no_state() -> None:
+    """What a copy of a layer's state is."""
+
+
 class LayerState:
     """Formats, caches and figures of one converted layer.
 
@@ -120,6 +126,7 @@ class LayerState:
         self.name, self.format, self.seeds = name, config.format(), seeds
         self.recent = RecentInputs() if recent is None else recent
         self.weights_only = False
+        self.on_path = True
         self.measure = False
         self.metrics: dict[str, Tensor] = {}
         self.saved_bytes = self.saved_bytes_fp32 = 0
@@ -128,18 +135,27 @@ class LayerState:
         self.memories = self.format.memories()
         self.written: dict[int, float] = {}
         self._cache: dict[tuple[Any, ...], WeightCodes] = {}
-        self._register()
-
-    def _register(self) -> None:
+        self._said: set[str] = set()
         self.handle = torch.tensor(next(_NUMBERS), dtype=torch.int64, device="cpu")
         _STATES[int(self.handle)] = self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}, "handle": None, "recent": RecentInputs(), "written": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as None: the state belongs to the run, and a layer without one is plain."""
+        return _no_state, ()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._register()
+    def is_on_path(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether gradients pass the layer: it was trainable at the start, or has been seen to pass one since."""
+        if not self.on_path and (weight.requires_grad or x.requires_grad):
+            self.on_path = True
+        return self.on_path
+
+    def say_once(self, reason: str) -> None:
+        """Warn that the layer computes in high precision now, once for each reason."""
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(
+                f"Layer {self.name or '(model)'!r} computes in high precision here: {reason}.", EffWarning, stacklevel=2
+            )
 
     def native(self, device: torch.device) -> bool:
         """Whether this layer's products run on units made for its codes."""
@@ -187,7 +203,9 @@ class LayerState:
         return codes, saved
 
     def _count(self, kept: int, full: int) -> None:
-        """Add to the bytes kept since the last backward."""
+        """Add to the bytes kept since the last backward; activation checkpointing computes anew during it."""
+        if torch._C._current_graph_task_id() != -1:
+            return
         if self._counted:
             self.saved_bytes = self.saved_bytes_fp32 = 0
             self._counted = False

@@ -29,7 +29,7 @@ from lightning_eff.errors import (
 from lightning_eff.functional.delays import Delay, parse_delay
 from lightning_eff.functional.dropcompute import Normalize, gradient_factor
 from lightning_eff.functional.dropcompute_model import best_threshold
-from lightning_eff.functional.timings import write_timings
+from lightning_eff.functional.timings import append_timings, check_target
 from lightning_eff.integration import collectives
 from lightning_eff.integration.roll_call import RollCall
 from lightning_eff.methods import METHODS, MethodInfo
@@ -163,9 +163,9 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
                 "Remove self.automatic_optimization = False, or use strategy='ddp'."
             )
         if self.compensate and not trainer.max_steps > 0:
-            raise ConfigurationError(
-                "compensate='extra_steps' adds to max_steps, which is not set. Use Trainer(max_steps=...)."
-            )
+            raise ConfigurationError("compensate='extra_steps' adds to max_steps; Trainer(max_steps=...) is missing.")
+        if self.record_timings and trainer.is_global_zero:  # the rank that writes
+            check_target(self.record_timings)
         if trainer.accumulate_grad_batches == 1:
             warnings.warn(
                 "dropcompute changes nothing with accumulate_grad_batches=1: a step of one micro-batch has none to "
@@ -339,7 +339,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
 
     def _record(self, table: Tensor, other: Tensor) -> None:
         if self.record_timings and dist.get_rank() == 0:
-            write_timings(self.record_timings, table, other, first_step=self._steps - len(table), append=True)
+            append_timings(self.record_timings, table, other, first_step=self._steps - len(table))
 
     # ------------------------------------------------------------------------------------------ reports and state
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_eff.errors import ConfigurationError
-from lightning_eff.functional.timings import COLUMNS, read_timings, write_timings
+from lightning_eff.errors import ConfigurationError, EffWarning
+from lightning_eff.functional.timings import COLUMNS, append_timings, check_target, read_timings, write_timings
 
 HEADER = ",".join(COLUMNS)
 
@@ -203,3 +203,47 @@ def test_files_that_are_none(path: Path, tmp_path: Path) -> None:
     path.write_text(HEADER + "\n")
     with pytest.raises(ConfigurationError, match="no row"):
         read_timings(path)
+
+
+OTHERS = {
+    "a program": b"import torch\nprint(1)",
+    "a checkpoint": b"PK\x03\x04\n\xff\xfe",
+    "one line": b"step",
+    "another order": b"rank,step,micro_batch,seconds,other_s\n0,0,0,1.0,",
+    "fewer columns": b"step,rank,micro_batch,seconds\n0,0,0,1.0",
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_rows_are_not_added_to_another_file(path: Path, what: str) -> None:
+    """``record_timings="train.py"`` would have cut off the last line of the program."""
+    path.write_bytes(OTHERS[what])
+    if what == "one line":  # a header torn by a killed run
+        check_target(path)
+        return
+    for refused in (lambda: check_target(path), lambda: write_timings(path, table(), append=True)):
+        with pytest.raises(ConfigurationError, match="holds something else.*Name another file"):
+            refused()
+    assert path.read_bytes() == OTHERS[what]
+
+
+def test_where_nothing_can_be_written_is_said(path: Path) -> None:
+    below = path / "below.csv"
+    path.mkdir()
+    for target, said in ((path, "not a file"), (path.parent / "none" / "x.csv", "there is no folder")):
+        with pytest.raises(ConfigurationError, match=said):
+            check_target(target)
+        with pytest.raises(ConfigurationError, match="cannot be written"):
+            write_timings(target, table())
+        with pytest.warns(EffWarning, match="cannot be written.*The run goes on"):
+            append_timings(target, table())
+    check_target(below)
+    append_timings(below, seconds := table())
+    append_timings(below, seconds, first_step=3)
+    assert torch.equal(read_timings(below).table, torch.cat([seconds, seconds]))
+
+
+def test_a_disk_that_is_full(path: Path) -> None:
+    path.symlink_to("/dev/full")
+    with pytest.raises(ConfigurationError, match="No space left on device"):
+        write_timings(path, table())

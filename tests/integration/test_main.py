@@ -52,6 +52,15 @@ def test_doctor_reports_versions_namespaces_and_kernels(capsys: pytest.CaptureFi
         assert what in out
 
 
+def test_doctor_prints_any_folder(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"cache": "/tmp/[/b]/[red]", "cache state": "/caf\udce9 cannot be used"}  # the second: bytes in Latin-1
+    monkeypatch.setattr("lightning_eff.kernels.describe", lambda: facts)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "/tmp/[/b]/[red]" in out
+    assert "/caf\\udce9 cannot be used" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -21,7 +21,7 @@ from torch import nn
 from lightning_eff.errors import UnsupportedCombinationError
 from lightning_eff.integration.precision import check_strategy, strategy_family
 from lightning_eff.methods import METHODS
-from lightning_eff.precision.sharded import own_class, put_in
+from lightning_eff.precision.sharded import own_class, with_base
 from tests.harness import run_ranks
 from tests.harness.ranks import _free_port
 from tests.integration.conftest import ROOT, ROOTS
@@ -38,7 +38,7 @@ long_deepspeed = [
         reason="deepspeed is not installed: pip install 'lightning-eff[deepspeed]' (no GPU needed)",
     ),
 ]
-TWINS = {"block.up": "QuantLinear", "block.down": "QuantLinear", "block.relu": "PackedReLU", "alone": "QuantLinear",
+TWINS = {"block.up": "QuantLinear", "block.down": "QuantLinear", "block.relu": "QuantReLU", "alone": "QuantLinear",
          "mixer.conv": "QuantConv1d"}  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_fsdp2_trains_as_ddp_does(world_size: int, precision: str) -> None:
         assert ddp["val_losses"] == sharded["val_losses"]
         assert ddp["calls"] == sharded["calls"]
         assert ddp["seen"] == TWINS
-        assert sharded["seen"] == TWINS | {"alone": "FSDPQuantLinear"}
+        assert sharded["seen"] == TWINS | {"alone": "QuantFSDPLinear"}
         assert sharded["after"] == CONVERTED | {"alone": "FSDPLinear"}  # what fully_shard had made of it
 
 
@@ -113,7 +113,7 @@ def test_fabric_shards_after_conversion(method: str) -> None:
     broken = run_ranks(fsdp2.fabric, 2, "fsdp2", method, 1, init_group=False)
     for rank in range(2):
         assert equal(ddp[rank], sharded[rank])
-        assert sharded[rank]["seen"] == TWINS | {"alone": "FSDPQuantLinear"}
+        assert sharded[rank]["seen"] == TWINS | {"alone": "QuantFSDPLinear"}
         assert sharded[rank]["after"] == CONVERTED | {"alone": "FSDPLinear"}
         assert f"optimizer step 2 (rank {rank})" in broken[rank]["error"]
 
@@ -137,14 +137,14 @@ def test_classes_around_a_layer_stay_around_it() -> None:
     for wrapper in (FSDPModule, ReplicateModule):
         kind = type("FSDPLinear", (wrapper, nn.Linear), {"__deepcopy__": lambda self, memo: None})
         assert own_class(kind) is nn.Linear
-        twin = put_in(kind, Twin)
-        assert twin.__name__ == "FSDPTwin"
+        twin = with_base(kind, nn.Linear, Twin)
+        assert twin.__name__ == "FSDPLinear"
         assert twin.__bases__ == (wrapper, Twin)
         assert twin.__dict__["__deepcopy__"] is kind.__dict__["__deepcopy__"]
-        assert put_in(kind, Twin) is twin
-        assert put_in(twin, nn.Linear).__bases__ == kind.__bases__
+        assert with_base(twin, Twin, nn.Linear).__bases__ == kind.__bases__
+        assert with_base(kind, Twin, nn.Linear) is kind
     assert own_class(Twin) is Twin
-    assert put_in(nn.Linear, Twin) is Twin
+    assert with_base(nn.Linear, nn.Linear, Twin) is Twin
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

@@ -267,7 +267,8 @@ def test_the_operators_pass_torchs_own_checks() -> None:
     numbers = [1, 3, 3, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1]  # kernel, stride, padding, dilation, groups
     for layer, shape, name, geometry in (
         (linear, (5, 6), "linear", ()),
-        (conv, (2, 3, 5, 6), "conv", (numbers,)),
+        (conv, (2, 3, 5, 6), "conv", (numbers, False)),
+        (conv, (2, 3, 5, 6), "conv", (numbers, True)),
     ):
         state = conversion.states["0" if layer is linear else "1"]
         tensors = (torch.randn(shape), layer.weight.detach(), layer.bias.detach(), state.handle)

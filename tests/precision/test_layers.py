@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_eff.errors import UnsupportedLayerError
 from lightning_eff.kernels.quantize import sawb_quantize
-from lightning_eff.precision.layers import STATE
 from lightning_eff.precision.memory import advance
+from lightning_eff.precision.twins import STATE
 from tests.functional.bounds import bernstein, codebook, lognormal, neighbours
 from tests.precision.models import converted
 
@@ -194,13 +193,6 @@ def test_empty_and_strided_batches(name: str) -> None:
     assert torch.equal(layer(turned), layer(x))
     row = torch.randn(1, *shape[1:])
     torch.testing.assert_close(layer(row.expand(64, *shape[1:])), layer(row).expand(64, *layer(row).shape[1:]))
-
-
-def test_a_shape_that_does_not_fit_is_named() -> None:
-    layer = nn.Conv2d(3, 4, 3)
-    converted(nn.Sequential(layer))
-    with pytest.raises(UnsupportedLayerError, match=r"0: 2-d convolution got an input of shape \(2, 3, 4, 5, 6\)"):
-        layer(torch.randn(2, 3, 4, 5, 6))
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d"])

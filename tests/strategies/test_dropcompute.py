@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,6 +266,19 @@ def test_what_would_wait_for_a_rank_is_refused(what: str, message: str) -> None:
 
     for told in run_ranks(_refused, 2, what, init_group=False):
         assert re.search(message, told)
+
+
+def test_a_file_that_is_not_for_timings_is_refused_before_the_run(tmp_path: Path) -> None:
+    from lightning_eff.strategies import DropComputeStrategy
+
+    (tmp_path / "train.py").write_text("import torch\nprint(1)")
+    runner: Any = SimpleNamespace(
+        lightning_module=SimpleNamespace(automatic_optimization=True), accumulate_grad_batches=2, is_global_zero=True
+    )
+    for name, said in (("train.py", "holds something else"), ("none/run.csv", "there is no folder")):
+        strategy: Any = DropComputeStrategy(record_timings=str(tmp_path / name))
+        with pytest.raises(ConfigurationError, match=said):
+            strategy._refuse(runner)
 
 
 def _one_micro_batch(rank: int, world: int) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import lightning_eff
 from lightning_eff.errors import NonFiniteGradientError
+from lightning_eff.precision.twins import Twin
 
 WIDTH = 24
 DATA = torch.randn(64, 12, generator=torch.Generator().manual_seed(1))
@@ -177,7 +178,8 @@ class Record(Callback):
 def kinds(net: nn.Module) -> dict[str, str]:
     """Class names of the layers that are converted, and of attention."""
     named = dict(net.named_modules())
-    return {name: type(named[name]).__name__ for name in (*CONVERTED, "mixer.attention") if name in named}
+    found = {name: named[name] for name in (*CONVERTED, "mixer.attention") if name in named}
+    return {name: f"{'Quant' * isinstance(m, Twin)}{type(m).__name__}" for name, m in found.items()}
 
 
 def digest(parameters: dict[str, Tensor]) -> str:

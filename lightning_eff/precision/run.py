@@ -1,0 +1,132 @@
+"""What every precision plugin does when a run begins and ends: state of another run goes, steps are listened to."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_eff.integration.runs import Run
+from lightning_eff.optim.steps import STEPS, Closure
+from lightning_eff.precision.sharded import zero_engine
+
+
+class RunMixin:
+    """Tells a plugin where a run begins and ends, and of every step of every optimizer of its models."""
+
+    _run: Run
+    _aside: Any = None
+
+    def _start_run(self, module: nn.Module) -> bool:
+        """A run begins, or Fabric sets up a model; return whether it is a fit that goes on with the last one.
+
+        An evaluation of the model that was trained uses what was learned of it, and leaves the state of the fit alone.
+        Fabric does not tell of runs.
+        """
+        STEPS.add(self)
+        trainer = getattr(module, "_trainer", None)
+        if trainer is None:
+            self._run.add(module)
+            return False
+        fits = trainer.state.fn == "fit"
+        if not fits and self._run.is_of(module):
+            self._aside = self._put_aside()
+            return False
+        goes_on = self._run.begin(trainer, module, fits=fits)
+        if not goes_on:
+            self._forget_run()
+        return goes_on
+
+    def _end_run(self) -> None:
+        """A run has ended, or was broken off."""
+        STEPS.remove(self)
+        self._run.end()
+        if self._aside is not None:
+            self._take_back(self._aside)
+            self._aside = None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What a run takes up is the checkpoint's alone, also where that knows nothing of the method."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        self._forget_run()
+        self._restart()
+
+    def _forget_run(self) -> None:
+        """Begin without what another run has left behind."""
+
+    def _restart(self) -> None:
+        """Let the models and optimizers of this run begin with the state there is now."""
+
+    def _put_aside(self) -> Any:
+        """What an evaluation, which may load a checkpoint, must not change for a fit that goes on afterwards."""
+
+    def _take_back(self, aside: Any) -> None:
+        """Undo :meth:`_put_aside`."""
+
+    def before_step(self, optimizer: Optimizer, closure: Closure | None) -> Closure | None:
+        """See :class:`lightning_eff.optim.steps.StepListener`."""
+        return closure
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """See :class:`lightning_eff.optim.steps.StepListener`."""
+
+
+class StepsMixin(RunMixin):
+    """Sees every step of every optimizer of the models once, by whichever way it is taken, before and after it."""
+
+    _told = False
+    """Whether a step that Lightning tells of is under way, and not in its closure."""
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the optimizer and take in what has changed."""
+        engine = zero_engine(kwargs.get("model"))
+        steps = engine is None or engine.is_gradient_accumulation_boundary()  # DeepSpeed accumulates by itself
+        closure = kwargs.pop("closure", None)
+        if not hasattr(super(), "_after_closure"):  # Fabric does not look after a closure as the Trainer does
+            closure = self._guarded(closure)
+        kwargs |= {} if closure is None else {"closure": partial(self._untold, closure)}
+        self._told = True
+        try:
+            result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._told = False
+        if steps:
+            self._take_in_step(optimizer)
+        return result
+
+    def _untold(self, closure: Closure) -> Any:
+        """Run ``closure``, in which other, raw optimizers may step."""
+        told, self._told = self._told, False
+        try:
+            return closure()
+        finally:
+            self._told = told
+
+    def before_step(self, optimizer: Any, closure: Closure | None) -> Closure | None:
+        """Look at the gradients of a step that does not come through Lightning."""
+        return closure if self._told or not self._run.has(optimizer) else self._guarded(closure)
+
+    def after_step(self, optimizer: Any) -> None:
+        """Take in a step that did not come through Lightning."""
+        if not self._told and self._run.has(optimizer):
+            self._take_in_step(optimizer)
+
+    def _guarded(self, closure: Closure | None) -> Closure | None:
+        """Look at the gradients now, or each time ``closure`` has made them."""
+        if closure is not None:
+            return partial(self._evaluated, closure)
+        self._look()
+        return None
+
+    def _evaluated(self, closure: Closure) -> Any:
+        result = closure()
+        self._look()
+        return result
+
+    def _look(self) -> None:
+        """Look at the gradients before a step."""
+
+    def _take_in_step(self, optimizer: Any) -> None:
+        """Take in that parameters have changed."""
