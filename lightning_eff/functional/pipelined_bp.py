@@ -27,8 +27,8 @@ References:
     Zhuang, Wang, Liu, Lin, FDG, 2019 (:func:`shrink_factor`; from memory).
     Chiley et al., Online Normalization, NeurIPS 2019 (:func:`scale_hyperparameters`; from memory).
 Differs: a stage without a gradient yet does not step at all, so nothing advances while the pipeline fills. Schedules
-    with other delays than the paper's (1F1B, or slack for jitter) are had by ``in_flight``. :func:`adam_direction`
-    predicts weights for Adam, which the paper does not treat.
+    with other delays than the paper's (1F1B, or slack for jitter) are had by ``in_flight``. Weights are predicted for
+    Adam and its relatives, too (:mod:`lightning_eff.functional.directions`), which the paper does not treat.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def predict(weight: Tensor, velocity: Tensor, *, lr: float, horizon: float) -> T
 
     Args:
         weight: w, any shape and floating dtype.
-        velocity: v, the momentum buffer; or what else the optimizer subtracts per unit of lr (:func:`adam_direction`).
+        velocity: v, the momentum buffer; or what else the optimizer subtracts per unit of lr.
         lr: of the updates to come.
         horizon: T, in updates; 0 gives w to the last bit.
 
@@ -225,32 +225,6 @@ def sgd_update(
     weight = torch.add(weight, velocity, alpha=-lr * a)
     # Without a spike nothing is added: 0 times an infinite gradient would be NaN.
     return (weight.add_(grad, alpha=-lr * b) if b else weight), velocity
-
-
-def adam_direction(exp_avg: Tensor, exp_avg_sq: Tensor, step: int, *, betas: tuple[float, float], eps: float) -> Tensor:
-    """What the last Adam step subtracted per unit of learning rate: the velocity of :func:`predict` for Adam.
-
-        (exp_avg / (1 - beta1^step)) / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
-
-    Not the paper's, which is about SGD; XPipe predicts like this (from its abstract). Keep horizons short: long
-    extrapolation of Adam's momentum was reported to fail badly (arXiv:2602.19580, abstract only).
-
-    Args:
-        exp_avg: first moment, as in the state of ``torch.optim.Adam``.
-        exp_avg_sq: second moment.
-        step: number of steps done; 0 gives zeros, as nothing is known yet.
-        betas: of the optimizer.
-        eps: of the optimizer.
-
-    Example:
-        >>> adam_direction(torch.tensor([0.5]), torch.tensor([0.25]), 1, betas=(0.5, 0.75), eps=0.0)
-        tensor([1.])
-    """
-    if step == 0:
-        return torch.zeros_like(exp_avg)
-    beta1, beta2 = betas
-    denominator = (exp_avg_sq.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
-    return (exp_avg / denominator).div_(1 - beta1**step)
 
 
 def shrink_factor(delay: int, gamma: float) -> float:

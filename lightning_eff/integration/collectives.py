@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_eff.errors import UnsupportedCombinationError
+from lightning_eff.integration.patches import Undo, replaced
 
 __all__ = ["GradientSum", "compare_logs_between_ranks", "look_for_sigterm_once_per_window"]
 
@@ -65,6 +66,7 @@ class GradientSum:
 
     def __init__(self, parameters: Iterable[nn.Parameter], numbers: int, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
+        self._forms = [(p.shape, p.dtype, p.device) for p in self.parameters]
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         groups = _buckets(self.parameters, bucket_bytes)
         first = next((i for i, group in enumerate(groups) if group[0].dtype is torch.float32), None)
@@ -77,6 +79,13 @@ class GradientSum:
             dtype = group[0].dtype if group else torch.float32
             self.buckets.append(_Bucket(group, torch.zeros(size, dtype=dtype, device=device)))
         self._carrier = self.buckets[first]
+
+    def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether it was made for these, and they have not become others since: moved, resized, of another dtype."""
+        return len(parameters) == len(self.parameters) and all(
+            p is mine and (p.shape, p.dtype, p.device) == form
+            for p, mine, form in zip(parameters, self.parameters, self._forms, strict=True)
+        )
 
     def __call__(self, numbers: Sequence[float], within: AbstractContextManager[None] | None = None) -> list[float]:
         """Sum over the ranks; return the sums of ``numbers``. :meth:`write_back` gives the gradients.
@@ -150,24 +159,29 @@ def _fill(bucket: _Bucket, factor: float) -> None:
             torch.mul(grad, factor, out=part)
 
 
-def look_for_sigterm_once_per_window(trainer: Any) -> None:
+def look_for_sigterm_once_per_window(trainer: Any) -> Undo:
     """Let Lightning ask for SIGTERM on other ranks once per optimizer step instead of once per micro-batch.
 
     Since 2.5.2 every micro-batch begins with a broadcast from rank 0; a straggler there makes all ranks wait.
+    Lightning's own also passes over any error of that broadcast, and with it over a lost rank.
     """
     loop = trainer.fit_loop.epoch_loop
     ask = getattr(type(loop), "_broadcast_sigterm_tensor", None)
     if ask is None:
-        return
+        return lambda: None
 
     def once_per_window() -> None:
-        if loop.batch_progress.current.ready % trainer.accumulate_grad_batches == 0:
-            ask(loop)
+        if loop.batch_progress.current.ready % trainer.accumulate_grad_batches:
+            return
+        received = torch.tensor([int(trainer.received_sigterm)], dtype=torch.int64, device=trainer.strategy.root_device)
+        dist.broadcast(received, src=0)
+        if int(received):
+            ask(loop)  # on every rank: it raises what ends the run
 
-    loop._broadcast_sigterm_tensor = once_per_window
+    return replaced(loop, "_broadcast_sigterm_tensor", once_per_window)
 
 
-def compare_logs_between_ranks(trainer: Any, method: str) -> None:
+def compare_logs_between_ranks(trainer: Any, method: str) -> Undo:
     """At the end of an epoch, make sure that all ranks have logged the same values before Lightning averages them.
 
     Lightning takes the mean over the ranks of one value after the other, in the order in which they were first logged.
@@ -185,7 +199,7 @@ def compare_logs_between_ranks(trainer: Any, method: str) -> None:
             _bring_in_one_order(trainer.fit_loop._results, method)
         end(connector)
 
-    connector.epoch_end_reached = compare_first
+    return replaced(connector, "epoch_end_reached", compare_first)
 
 
 def _bring_in_one_order(results: Any, method: str) -> None:

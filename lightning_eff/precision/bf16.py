@@ -156,7 +156,8 @@ class BF16Mixin(RunMixin):
         trainer = getattr(module, "_trainer", None)
         if trainer is not None:
             check_strategy(self.info, trainer.strategy)
-        self._models.append(module)
+        if not any(known is module for known in self._models):
+            self._models.append(module)
         return module.to(torch.bfloat16)
 
     def convert_input(self, data: Any) -> Any:

@@ -23,7 +23,8 @@ class DFP16Mixin(QuantizedPrecisionMixin):
     as int16, half of float32. Master weights, optimizer, biases, normalisation and softmax stay the same.
 
     Args:
-        products: ``"auto"`` (int16 units where measured faster), ``"native"`` int16 or ``"emulated"`` in float32.
+        products: ``"auto"`` (int16 units where measured faster on this machine; last bits depend on it),
+            ``"native"`` int16 or ``"emulated"``: exact products, sums rounded to float32.
         exempt: name patterns (``"*.head"``) of layers to leave in high precision.
         exempt_first_last: leave the first and the last layer in high precision.
         pack_relu: let ``nn.ReLU`` modules keep one bit per element for backward; their numbers do not change.
@@ -40,7 +41,7 @@ class DFP16Mixin(QuantizedPrecisionMixin):
 
     info: MethodInfo = METHODS["dfp16"]
     formats: str = "INT16 x INT16, INT16 (DFP)"
-    products: ClassVar[tuple[str, str]] = ("native int16", "emulated in float32")
+    products: ClassVar[tuple[str, str]] = ("native int16", "emulated exactly")
 
     def __init__(
         self,

@@ -30,8 +30,8 @@ class FlexpointMixin(QuantizedPrecisionMixin):
     """flex16+5: int16 tensors with one exponent each, known before a tensor is written because Autoflex predicts it.
 
     Inputs, weights and output gradients of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D are int16;
-    products add in int32, in chains so short that they cannot overflow, or in float32. Their results (outputs, input
-    and weight gradients) are stored with a predicted exponent too. Inputs are kept for backward as int16, half of
+    products add in int32, in chains so short that they cannot overflow, or are exact. Their results (outputs, input and
+    weight gradients) are stored with a predicted exponent too. Inputs are kept for backward as int16, half of
     float32. Biases, normalisation, softmax and loss are float32. A prediction too small saturates and is corrected in
     the next step; such overflows are counted.
 
@@ -46,7 +46,8 @@ class FlexpointMixin(QuantizedPrecisionMixin):
             float32). Second moments stay float32: steps are divided by them.
         weight_rounding: with ``weights="flex16"``, ``"nearest"`` as published, or ``"stochastic"``, which keeps updates
             below half a unit in the mean.
-        products: ``"auto"`` (int16 units where measured faster), ``"native"`` int16 or ``"emulated"`` in float32.
+        products: ``"auto"`` (int16 units where measured faster on this machine; last bits depend on it),
+            ``"native"`` int16 or ``"emulated"``: exact products, sums rounded to float32.
         exempt: name patterns (``"*.head"``) of layers to leave in high precision.
         exempt_first_last: leave the first and the last layer in high precision; the paper does not.
         pack_relu: let ``nn.ReLU`` modules keep one bit per element for backward; their numbers do not change.
@@ -65,7 +66,7 @@ class FlexpointMixin(QuantizedPrecisionMixin):
 
     info: MethodInfo = METHODS["flexpoint16"]
     formats: str = "INT16 x INT16, INT16 (Autoflex)"
-    products: ClassVar[tuple[str, str]] = ("native int16", "emulated in float32")
+    products: ClassVar[tuple[str, str]] = ("native int16", "emulated exactly")
 
     config: FlexpointConfig
 

@@ -35,7 +35,7 @@ class DFP16Format(Format):
     nibbles = 4
 
     def native(self, device: torch.device) -> bool:
-        """Whether products run on int16 units, integer sums in chains that cannot overflow; else in float32."""
+        """Whether products run on int16 units, integer sums in chains that cannot overflow; else they are emulated."""
         return self.config.products == "native" or (self.config.products == "auto" and native_int16(device))
 
     def _encode(self, role: str, x: Tensor, state: LayerState, *, keep: bool = False) -> Codes:

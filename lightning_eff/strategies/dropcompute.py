@@ -20,28 +20,26 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_eff.checks import checked
-from lightning_eff.errors import (
-    ConfigurationError,
-    EffWarning,
-    NoEffectWarning,
-    NonFiniteGradientError,
-    UnsupportedCombinationError,
-)
+from lightning_eff.errors import EffWarning, NoEffectWarning, NonFiniteGradientError
 from lightning_eff.functional.delays import Delay, parse_delay
 from lightning_eff.functional.dropcompute import Normalize, gradient_factor
 from lightning_eff.functional.dropcompute_model import best_threshold
-from lightning_eff.functional.timings import append_timings, check_target
+from lightning_eff.functional.timings import append_timings
 from lightning_eff.integration import collectives
-from lightning_eff.integration.roll_call import RollCall
+from lightning_eff.integration.logs import is_logged, log_figures
+from lightning_eff.integration.patches import Undo
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.strategies.guard import CollectiveGuard
+from lightning_eff.strategies import dropcompute_refusals as refusals
+from lightning_eff.strategies.compensation import Compensation
+from lightning_eff.strategies.guard import CollectiveGuard, StepGuard
+from lightning_eff.strategies.meetings import Meetings
 from lightning_eff.strategies.options import DROPCOMPUTE, UNSETTLED_STEPS
 from lightning_eff.strategies.window import Clock, HeldClock, Measured, Tally, Window
 
 KEY = "DropComputeStrategy"
 
 
-class DropComputeMixin(HeldClock, CollectiveGuard):
+class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
     """Synchronous data parallelism with bounded compute time: late ranks drop micro-batches, nobody waits for them.
 
     Every rank computes the micro-batches of an optimizer step (``accumulate_grad_batches`` of them) until its compute
@@ -69,10 +67,11 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
             fp16's loss scaler, which skips such steps, nothing is checked.
         process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
         timeout_s: seconds, 0.001 to 1e9, after which a collective that a rank does not join fails on the others, and
-            names it (gloo).
+            names it (gloo); also how long ranks wait for each other at the start.
 
     Raises:
         ConfigurationError: an option is outside its range.
+        RankLostError: another rank has raised, ended or hangs, wherever ranks meet.
         UnsupportedCombinationError: SyncBatchNorm, manual optimization, or a collective inside ``training_step``: other
             ranks may have dropped the micro-batch that would answer.
 
@@ -113,68 +112,57 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         self.re_estimate_every_n_steps: int = options["re_estimate_every_n_steps"]
         self.on_nonfinite: Literal["raise", "warn"] = options["on_nonfinite"]
         self.delay: Delay | None = parse_delay(delay) if isinstance(delay, str) else options["delay"]
-        automatic = self.threshold == "auto"
         self.record_timings: str | None = options["record_timings"]
-        self.threshold_s = math.inf if automatic else float(self.threshold)
-        self.metrics: dict[str, float] = {}
-        self._measuring_until = self.warmup_steps if automatic else 0
-        self._unsettled_until = UNSETTLED_STEPS
         self._trainer: Any = None
+        self._undo: list[Undo] = []
         self._sum: collectives.GradientSum | None = None
         self._clock, self._window = Clock(torch.device("cpu")), Window()
-        self._steps = 0
-        self._total, self._run, self._recent = Tally(), Tally(), Tally()
-        self._measured, self._measured_for = Measured(), 0
-        self._has_measured = False  # whether threshold_s comes from a measurement that has ended
+        self._total = Tally()
+        self._compensation = Compensation()
+        self._trained: tuple[Any, Any] = (None, None)
+        self._begin(0)
 
     # ------------------------------------------------------------------------------------------ set up
 
     def setup(self, trainer: Any) -> None:
         """Set up as DDP does, without its wrapper; refuse what would wait for a rank inside a step."""
-        self._trainer = trainer
-        if trainer.state.fn == "fit":
-            self._refuse(trainer)
+        self._trainer, fits = trainer, trainer.state.fn == "fit"
+        if fits:
+            refusals.refuse(trainer, getattr(self, "_layer_sync", None), self.compensate, self.record_timings)
         super().setup(trainer)  # type: ignore[misc]
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers):  # type: ignore[attr-defined]
-            raise UnsupportedCombinationError(
-                "'dropcompute' cannot be combined with LBFGS, which computes the loss several times in a step. Use "
-                "another optimizer, or strategy='ddp'."
-            )
         self._clock = Clock(self.root_device)  # type: ignore[attr-defined]
         self._window = Window(started=self._clock.now())
-        # A second fit begins with what the first has added to max_steps.
-        self._max_steps, self._made_good = trainer.fit_loop.epoch_loop.max_steps, self._total.dropped
-        collectives.look_for_sigterm_once_per_window(trainer)
-        collectives.compare_logs_between_ranks(trainer, self.info.name)
+        if not fits:
+            return
+        refusals.refuse_optimizers(self.optimizers)  # type: ignore[attr-defined]
+        of = (trainer, trainer.lightning_module)
+        if trainer.global_step == 0 or any(a is not b for a, b in zip(of, self._trained, strict=True)):
+            self._compensation.forget(trainer)
+            self._total = Tally()
+        self._trained = of
+        self._compensation.go_on(trainer, self._total.dropped)
+        self._begin(trainer.global_step)
+        self._undo += [
+            collectives.look_for_sigterm_once_per_window(trainer),
+            collectives.compare_logs_between_ranks(trainer, self.info.name),
+            *self._refuse_other_steps(),
+        ]
 
-    def _refuse(self, trainer: Any) -> None:
-        if getattr(self, "_layer_sync", None) is not None:
-            raise UnsupportedCombinationError(
-                "'dropcompute' cannot be combined with SyncBatchNorm: its forward pass waits for ranks that may have "
-                "dropped the micro-batch. Use sync_batchnorm=False, or GroupNorm."
-            )
-        if not trainer.lightning_module.automatic_optimization:
-            raise UnsupportedCombinationError(
-                "'dropcompute' needs automatic optimization: it has to know where an optimizer step begins and ends. "
-                "Remove self.automatic_optimization = False, or use strategy='ddp'."
-            )
-        if self.compensate and not trainer.max_steps > 0:
-            raise ConfigurationError("compensate='extra_steps' adds to max_steps; Trainer(max_steps=...) is missing.")
-        if self.record_timings and trainer.is_global_zero:  # the rank that writes
-            check_target(self.record_timings)
-        if trainer.accumulate_grad_batches == 1:
-            warnings.warn(
-                "dropcompute changes nothing with accumulate_grad_batches=1: a step of one micro-batch has none to "
-                "drop. Split the batch, Trainer(accumulate_grad_batches=8) with an eighth of the batch size.",
-                NoEffectWarning,
-                stacklevel=2,
-            )
+    def _begin(self, steps: int) -> None:
+        """What belongs to a run begins anew: of other layers, batches or machines nothing measured before is true."""
+        automatic = self.threshold == "auto"
+        self.threshold_s = math.inf if automatic else float(self.threshold)
+        self.metrics: dict[str, float] = {}
+        self._steps, self._unsettled_until = steps, steps + UNSETTLED_STEPS
+        self._measuring_until = steps + self.warmup_steps if automatic else 0
+        self._measured, self._measured_for = Measured(), 0
+        self._has_measured = False  # whether threshold_s comes from a measurement that has ended
+        self._run, self._recent = Tally(), Tally()
 
     def configure_ddp(self) -> None:
         """Give every rank the weights of rank 0. The wrapper would reduce in a backward that a rank may drop."""
         from torch.distributed.utils import _sync_module_states
 
-        self._roll_call = RollCall(self.info.name)
         model: nn.Module = self.model  # type: ignore[attr-defined]
         group: Any = dist.group.WORLD
         _sync_module_states(model, group, 250 << 20, src=0, params_and_buffers_to_ignore=[])
@@ -229,18 +217,19 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
             self._sum_gradients()
             return result
 
-        output = super().optimizer_step(optimizer, summed, model, **kwargs)  # type: ignore[misc]
+        with self._own_step():
+            output = super().optimizer_step(optimizer, summed, model, **kwargs)  # type: ignore[misc]
         self._end_step()
         return output
 
     def _sum_gradients(self) -> None:
         world, rank, window = dist.get_world_size(), dist.get_rank(), self._window
         parameters = [p for p in self.lightning_module.parameters() if p.requires_grad]  # type: ignore[attr-defined]
-        if self._sum is None or [id(p) for p in self._sum.parameters] != [id(p) for p in parameters]:
+        if self._sum is None or not self._sum.fits(parameters):
             self._sum = collectives.GradientSum(parameters, 2 * world)
         numbers = [0.0] * (2 * world)
         numbers[rank], numbers[world + rank] = len(window.times), sum(window.times)
-        sums = self._sum(numbers, within=self._roll_call(f"optimizer step {self._steps}"))
+        sums = self._sum(numbers, within=self._meeting(f"optimizer step {self._steps}"))
         self._counts, self._elapsed_s = sums[:world], sums[world:]
         self._check_finite()
         factor = 1.0
@@ -283,20 +272,19 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
             self._measured.rows.append([*window.times, wall_s])
         self._estimate()
         self._compensate()
-        if self._steps % self._trainer.log_every_n_steps == 0:
+        if is_logged(self._trainer, self._steps):
             self._publish()
         self._window = Window(started=self._clock.now())
 
     def _sync_buffers(self) -> None:
         """Running statistics are those of rank 0 at the beginning of every step, as in DistributedDataParallel."""
         if buffers := [buffer.detach() for buffer in self.lightning_module.buffers()]:  # type: ignore[attr-defined]
-            with self._roll_call(f"the end of optimizer step {self._steps}"):
+            with self._meeting(f"the end of optimizer step {self._steps}"):
                 dist._broadcast_coalesced(dist.distributed_c10d._get_default_group(), buffers, 250 << 20, 0)
 
     def _compensate(self) -> None:
-        if self.compensate:
-            whole_steps = (self._total.dropped - self._made_good) // (self.micro_batches * dist.get_world_size())
-            self._trainer.fit_loop.epoch_loop.max_steps = self._max_steps + whole_steps
+        if self.compensate and not refusals.searches(self._trainer):
+            self._compensation.lengthen(self._trainer, self._total.dropped, self.micro_batches * dist.get_world_size())
 
     # ------------------------------------------------------------------------------------------ the threshold
 
@@ -349,8 +337,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         }
         if math.isfinite(self.threshold_s):
             self.metrics[prefix + "threshold_s"] = self.threshold_s
-        for logger in self._trainer.loggers:
-            logger.log_metrics(self.metrics, step=self._trainer.global_step)
+        log_figures(self._trainer, self.metrics)
 
     def teardown(self) -> None:
         """Say what dropping was worth, and let the process group go as DDP does."""
@@ -364,6 +351,12 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
             )
         self._run, self._recent, self._sum = Tally(), Tally(), None
         super().teardown()  # type: ignore[misc]
+
+    def _restart(self) -> None:
+        """What was before a checkpoint is restored, a search for a learning rate for instance, was another run."""
+        self._compensation.forget(self._trainer)
+        self._window, self._total = Window(started=self._clock.now()), Tally()
+        self._begin(self._trainer.global_step)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save, with the threshold and the tally."""
@@ -380,6 +373,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard):
         """Restore the optimizers, the threshold and the tally; with a damaged state a CheckpointError, and nothing."""
         state = self.info.read_state(checkpoint[KEY]) if KEY in checkpoint else None
         super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
+        self._restart()
         if state is not None:
             self._steps, self._unsettled_until = state["steps"], state["steps"] + UNSETTLED_STEPS
             self._total.computed, self._total.dropped = state["computed"], state["dropped"]

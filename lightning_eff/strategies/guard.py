@@ -1,4 +1,4 @@
-"""Collectives inside a ``training_step`` that not every rank is sure to join: refused before they hang."""
+"""Refused before they do harm: collectives inside ``training_step``, optimizer steps beside the strategy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_eff.errors import UnsupportedCombinationError
+from lightning_eff.integration.patches import Undo
 from lightning_eff.methods import MethodInfo
 
 
@@ -51,3 +52,46 @@ class CollectiveGuard:
         """Wait for all ranks; not inside ``training_step``."""
         self._check_no_collective("barrier")
         super().barrier(*args, **kwargs)  # type: ignore[misc]
+
+
+class StepGuard:
+    """A strategy whose optimizer is stepped by it alone.
+
+    Somebody else does where ``self.optimizers(use_pl_optimizer=False)`` is stepped.
+    """
+
+    info: MethodInfo
+    optimizers: Any
+    _stepping = False
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Ask the module for its optimizer; refuse several, which Lightning does too, as any other combination."""
+        try:
+            super().setup_optimizers(trainer)  # type: ignore[misc]
+        except RuntimeError as error:
+            if "multiple optimizers" not in str(error):
+                raise
+            raise UnsupportedCombinationError(
+                f"{self.info.name!r} needs one optimizer and configure_optimizers returned several. Give one optimizer "
+                "several parameter groups instead."
+            ) from error
+
+    @contextlib.contextmanager
+    def _own_step(self) -> Iterator[None]:
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    def _refuse_other_steps(self) -> list[Undo]:
+        registers = [getattr(optimizer, "register_step_pre_hook", None) for optimizer in self.optimizers]
+        return [register(self._check_own).remove for register in registers if register is not None]
+
+    def _check_own(self, optimizer: Any, *_: Any) -> None:
+        if not self._stepping:
+            raise UnsupportedCombinationError(
+                f"{type(optimizer).__name__}.step() was called without {self.info.name!r}, which makes the step what "
+                "it is. Step what optimizer_step() is given or self.optimizers() returns, not "
+                "self.optimizers(use_pl_optimizer=False)."
+            )

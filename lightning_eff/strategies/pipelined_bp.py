@@ -22,8 +22,12 @@ from torch import Tensor
 from lightning_eff.checks import checked
 from lightning_eff.errors import EffWarning
 from lightning_eff.functional.pipelined_bp import delay
-from lightning_eff.integration.roll_call import RollCall
+from lightning_eff.integration.collectives import look_for_sigterm_once_per_window
+from lightning_eff.integration.logs import is_logged, log_figures
+from lightning_eff.integration.patches import Undo, replaced
 from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.strategies.guard import StepGuard
+from lightning_eff.strategies.meetings import Meetings
 from lightning_eff.strategies.options import PIPELINED_BP
 from lightning_eff.strategies.pipeline import gather, hooks, refusals
 from lightning_eff.strategies.pipeline.cut import Cut, cut, cut_table
@@ -32,7 +36,7 @@ from lightning_eff.strategies.pipeline.look import Look, curvature_at, look_at
 from lightning_eff.strategies.pipeline.mitigation import fitting, parse_mitigation
 from lightning_eff.strategies.pipeline.one_replica import OneReplica
 from lightning_eff.strategies.pipeline.randomness import Randomness, drawn_seed, same_on_all_ranks
-from lightning_eff.strategies.pipeline.report import save_picture, verdict
+from lightning_eff.strategies.pipeline.report import tell
 from lightning_eff.strategies.pipeline.resume import go_on
 from lightning_eff.strategies.pipeline.runner import Runner
 from lightning_eff.strategies.pipeline.weights import Stage, Weights
@@ -40,7 +44,7 @@ from lightning_eff.strategies.pipeline.weights import Stage, Weights
 KEY = "PipelinedBPStrategy"
 
 
-class PipelinedBPMixin(OneReplica):
+class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
     """Pipeline parallelism without bubble: every stage updates as soon as a gradient arrives, and allows for the delay.
 
     The layers of one stack are cut into stages, one or more per process. Stage s of S runs sample i forward with
@@ -65,7 +69,7 @@ class PipelinedBPMixin(OneReplica):
         on_nonfinite: ``"raise"`` before a NaN or Inf gradient reaches a parameter, or ``"warn"``.
         schedule_picture: save a picture of the schedule beside the logs, or in ``default_root_dir``.
         process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
-        timeout_s: seconds, 0.001 to 1e9, after which a message that does not come is an error.
+        timeout_s: seconds, 0.001 to 1e9, after which a message that does not come, or a rank at the start, is an error.
 
     Raises:
         ConfigurationError: an option is outside its range, or the model has no such stack.
@@ -106,28 +110,15 @@ class PipelinedBPMixin(OneReplica):
         self.on_nonfinite, self.schedule_picture = given["on_nonfinite"], given["schedule_picture"]
         self.metrics: dict[str, float] = {}
         self._trainer: Any = None
+        self._undo: list[Undo] = []
         self._runner: Runner | None = None
         self._gathered: gather.Gathered | None = None
         self._loaded: dict[str, Any] | None = None
-        self._undo: list[hooks.Undo] = []
         self._draining = False
+        self._model_of_run: Any = None
         self._fingerprint = 0
 
     # ------------------------------------------------------------------------------------------ set up
-
-    @property
-    def positions(self) -> int:
-        """P, processes the model is spread over."""
-        return int(self.num_processes * self.num_nodes)  # type: ignore[attr-defined]
-
-    @property
-    def num_stages(self) -> Any:
-        """What ``stages`` asks for: a number, "layers" or names."""
-        return self.positions if self.stages in (None, "auto") else self.stages
-
-    @property
-    def _pipelines(self) -> bool:
-        return bool(self.num_stages != 1)
 
     def _weights(self) -> Weights | None:
         return None if self._runner is None else self._runner.weights
@@ -135,28 +126,44 @@ class PipelinedBPMixin(OneReplica):
     def setup(self, trainer: Any) -> None:
         """Set up as DDP does, without its wrapper; refuse what a pipeline cannot do."""
         self._trainer, fits = trainer, trainer.state.fn == "fit"
+        if fits or self._model_of_run is not trainer.lightning_module:
+            self._begin_run()
         if fits:
-            self._runner, self._gathered, self._loaded, self.metrics = None, None, None, {}
+            self._loaded, self._model_of_run = None, trainer.lightning_module
             refusals.refuse(trainer, self.num_stages, self.positions)
             self._layer_sync = None  # of SyncBatchNorm: with one replica its batch is the whole batch
         super().setup(trainer)  # type: ignore[misc]
         # Lightning takes every DDPStrategy for one that shares samples out, and would put its own sampler in.
-        self._undo = [hooks.replaced(trainer._accelerator_connector, "use_distributed_sampler", False)]
+        self._undo += [replaced(trainer._accelerator_connector, "use_distributed_sampler", False)]
         if fits and self._pipelines:
             model = self.lightning_module  # type: ignore[attr-defined]
             refusals.refuse_optimizers(self.optimizers)  # type: ignore[attr-defined]
             refusals.refuse_memories(self.precision_plugin, self.positions)  # type: ignore[attr-defined]
             self._scheduler_steps = hooks.SchedulerSteps(model, self._weights)
             self._undo += [
+                look_for_sigterm_once_per_window(trainer),
                 self._scheduler_steps.undo,
                 hooks.keep_metrics_local(model),
                 hooks.at_epoch_end(trainer, self._epoch_ends),
                 hooks.before_validation(trainer, self._drain),
                 hooks.clip_by_stage(self.precision_plugin, self._weights),  # type: ignore[attr-defined]
+                *self._refuse_other_steps(),
             ]
-            self._roll = RollCall("pipelined_bp")
             if self.positions > 1:
                 same_on_all_ranks()
+
+    def _begin_run(self) -> None:
+        """Forget the run before: what follows has other samples, weights and groups of the optimizer."""
+        if self._gathered is not None:
+            self._gathered.give_back()
+        if self._runner is not None:
+            self._runner.abandon()
+        self._runner, self._gathered, self.metrics, self._draining = None, None, {}, False
+
+    def on_train_start(self) -> None:
+        """A search for a learning rate has been a run of its own, in the same fit."""
+        self._begin_run()
+        super().on_train_start()  # type: ignore[misc]
 
     def configure_ddp(self) -> None:
         """Give every rank the weights of rank 0."""
@@ -166,7 +173,7 @@ class PipelinedBPMixin(OneReplica):
         """Split the batches of the training loader, if asked for."""
         if self.micro_batch_size and self._trainer is not None and self._trainer.training:
             dataloader = hooks.with_batch_size(dataloader, self.micro_batch_size)
-        hooks.seed_workers_alike(dataloader, type(self._trainer).__module__)
+        self._undo.append(hooks.seed_workers_alike(dataloader, type(self._trainer).__module__))
         return super().process_dataloader(dataloader)  # type: ignore[misc]
 
     def _begin(self, step: Callable[[], Any]) -> Runner:
@@ -190,9 +197,9 @@ class PipelinedBPMixin(OneReplica):
             curved = [
                 curvature_at(model, step, device, p) if self.curvature == "measure" else self.curvature for p in parts
             ]
-            return stack.name, seen, where, drawn_seed(), curved
+            return stack.name, seen, where, drawn_seed(self._trainer.global_step), curved
 
-        first = self._roll("the first micro-batch") if self.positions > 1 else nullcontext()
+        first = self._meeting("the first micro-batch")
         with hooks.precision_unchanged(self.precision_plugin):  # type: ignore[attr-defined]
             name, seen, where, seed, curved = gather.told_by_rank_0(found, within=first)
         stack = find_stack(model, name if self.module is None and name else self.module, stages=where.stages)
@@ -212,8 +219,10 @@ class PipelinedBPMixin(OneReplica):
             seed = loaded["seed"]
             go_on(weights, loaded, [stack.names[i] for i in where.starts], self.in_flight)
         self._gathered = gather.Gathered(model, optimizer, where, position)
+        self._undo.append(self._gathered.give_back)
         streams = Randomness(seed, device)
-        return Runner(stack, seen, where, weights, streams, timeout=self._wait, roll=self._roll)
+        roll: Any = self._roll_call
+        return Runner(stack, seen, where, weights, streams, timeout=self._wait, roll=roll)
 
     # ------------------------------------------------------------------------------------------ a micro-batch
 
@@ -258,7 +267,7 @@ class PipelinedBPMixin(OneReplica):
         """Update this rank's stages with the gradient that has come, if one has."""
         if not self._pipelines:
             return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
-        with hooks.own_step(optimizer, self._update):
+        with self._own_step(), hooks.own_step(optimizer, self._update):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
         self._scheduler_steps.run_due()
         if not self._draining:
@@ -315,9 +324,8 @@ class PipelinedBPMixin(OneReplica):
     def _together(self, where: str) -> AbstractContextManager[None]:
         return nullcontext() if self._runner is None else self._runner.together(where)
 
-    def on_exception(self, exception: BaseException) -> None:
-        """Let the other ranks learn of an error here at once, also where this process lives on."""
-        super().on_exception(exception)  # type: ignore[misc]
+    def _let_go(self) -> None:
+        """Close the connections to the neighbours."""
         if self._runner is not None:
             self._runner.abandon()
 
@@ -337,18 +345,8 @@ class PipelinedBPMixin(OneReplica):
                 timelines = gather.collected((runner.timeline.spans(), runner.timeline.run))
             if timelines is not None:
                 timelines.reverse()  # rank 0 has the last stage
-                drawn = self.schedule_picture and self.positions > 1
-                where = save_picture(timelines, folder) if drawn else None
-                for line in verdict(timelines, runner.weights, where):
-                    Console().print(line, highlight=False, soft_wrap=True)
+                tell(timelines, runner.weights, folder if self.schedule_picture and self.positions > 1 else None)
         super().on_train_end()  # type: ignore[misc]
-
-    def teardown(self) -> None:
-        """Undo what was changed in Lightning's loop."""
-        for undo in reversed(self._undo):
-            undo()
-        self._undo = []
-        super().teardown()  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------ figures and state
 
@@ -356,15 +354,15 @@ class PipelinedBPMixin(OneReplica):
         """Log figures every n steps, and let callbacks on all ranks see the metrics they are about to decide by."""
         trainer, runner = self._trainer, self._runner
         step = trainer.global_step + 1
-        if runner is not None and step % trainer.log_every_n_steps == 0:
+        if runner is not None and is_logged(trainer, step):
             self.metrics = runner.record()
-            for logger in trainer.loggers:
-                logger.log_metrics(self.metrics, step=trainer.global_step)
+            log_figures(trainer, self.metrics)
         if hooks.decides_in_step(trainer, step):
             self._share_metrics()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole model's, every update made."""
+        refusals.refuse_after_error(self._after_error)
         self._meet()
         return super().lightning_module_state_dict()  # type: ignore[misc,no-any-return]
 
@@ -389,10 +387,13 @@ class PipelinedBPMixin(OneReplica):
                 "starts": list(runner.cut.starts),
                 "stages": [state for part in parts or [] for state in part],
             }
+        elif self._loaded is not None and "optimizer_states" in checkpoint:  # before the first batch of a resumed run
+            checkpoint[KEY] = self._loaded
         super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Restore the optimizers; the rest is looked at here, and restored with the first batch."""
         loaded = self.info.read_state(checkpoint[KEY]) if KEY in checkpoint else None
+        self._begin_run()
         super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
         self._loaded = loaded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.pipelined_bp import (
-    adam_direction,
     delay,
     extrapolate,
     flush_bubble,
@@ -189,20 +187,6 @@ def test_extrapolation_follows_the_spike_and_prediction_does_not() -> None:
     new, velocity = sgd_update(weight, velocity, grad, lr=0.01, momentum=0.9, a=a, b=b)
     steps = [float(new - predict(new, velocity, lr=0.01, horizon=4)), float(new - extrapolate(new, weight, horizon=4))]
     assert steps == pytest.approx([0.04, 0.04 * (a + b)], rel=1e-4)
-
-
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)])
-def test_the_direction_of_adam_is_what_the_last_step_took(betas: tuple[float, float]) -> None:
-    parameter = torch.nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
-    optimizer = torch.optim.Adam([parameter], lr=0.01, betas=betas, eps=1e-6)
-    for step in range(1, 20):
-        before = parameter.detach().clone()
-        parameter.grad = nonlinear(before)
-        optimizer.step()
-        state: dict[str, Any] = optimizer.state[parameter]
-        found = adam_direction(state["exp_avg"], state["exp_avg_sq"], step, betas=betas, eps=1e-6)
-        torch.testing.assert_close(predict(before, found, lr=0.01, horizon=1), parameter.detach(), rtol=0, atol=1e-15)
-    assert not adam_direction(before, before, 0, betas=betas, eps=1e-6).any()
 
 
 def test_delays_and_horizons() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_eff.errors import EffError, RankLostError
+from lightning_eff.errors import ConfigurationError, EffError, RankLostError
 from lightning_eff.integration import roll_call as module
+from lightning_eff.integration.processes import this_process
 from lightning_eff.integration.roll_call import RollCall
 from tests.harness import run_ranks
+from tests.integration.conftest import ROOT
 
 WAIT_S = 1.0
 """Timeout of the group's collectives."""
@@ -58,10 +64,12 @@ def _absent(rank: int, world: int, folder: str, absent: list[int]) -> str:
 @pytest.mark.parametrize("absent", [[1], [0], [0, 2]], ids=str)
 def test_everybody_names_those_who_are_missing(tmp_path: Path, absent: list[int]) -> None:
     told = run_ranks(_absent, 3, str(tmp_path), absent, init_group=False, timeout_s=20.0)
-    seen = ", ".join(f"rank {rank} (last seen at step 2)" for rank in absent)
     for rank in set(range(3)) - set(absent):
         assert told[rank].startswith(f"test: the ranks did not come together at step 3, where rank {rank} was. ")
-        assert f"Missing: {seen}. It hangs or has ended" in told[rank]
+        named = re.sub(r", alive, and there for \d+\.\d s", "", told[rank])
+        assert named != told[rank], "it is late, and no more is said of it"
+        seen = ", ".join(f"rank {rank} (last seen at step 2)" for rank in absent)
+        assert f"Missing: {seen}. It hangs or has ended" in named
         assert "The collective said: " in told[rank]
 
 
@@ -108,7 +116,7 @@ def _late(rank: int, world: int, folder: str) -> str:
 def test_who_comes_too_late_is_told_that_the_others_have_left(tmp_path: Path) -> None:
     first, second = run_ranks(_late, 2, str(tmp_path), init_group=False, timeout_s=20.0)
     assert "Missing: rank 1" in first
-    assert "So was every other rank" in second
+    assert "So was every other rank, and had given up waiting: rank 0 at step 0." in second
 
 
 def _what_the_store_keeps(rank: int, world: int) -> dict[str, Any]:
@@ -132,7 +140,8 @@ def test_a_note_costs_next_to_nothing_and_the_store_does_not_grow() -> None:
     for found in run_ranks(_what_the_store_keeps, 2, init_group=False):
         assert found["keys"] == 0
         assert found["seconds"] < 0.3e-3
-        assert found["note"] == b"200 step 199"
+        assert found["note"].split(b"\t")[:2] == [b"1", b"200"]
+        assert found["note"].endswith(b"\tstep 199")
 
 
 def _fails(rank: int, world: int, error: type[Exception]) -> tuple[str, str]:
@@ -165,6 +174,11 @@ class Store:
             raise self.error
         return all(key in self.notes for key in keys)
 
+    def set(self, key: str, note: str) -> None:
+        if self.error:
+            raise self.error
+        self.notes[key] = note.encode()
+
     def get(self, key: str) -> bytes:
         return self.notes[key]
 
@@ -173,9 +187,14 @@ class Store:
 
 
 def _missing(store: Any, world: int = 2) -> str:
-    roll_call = RollCall.__new__(RollCall)
-    roll_call.name, roll_call.rank, roll_call.world, roll_call.calls, roll_call._store = "test", 1, world, 3, store
-    return roll_call._missing()
+    """What rank 1 is told, which came to step 3 and whose time ran out."""
+    roll_call = RollCall("test", store=Store(), rank=1, world=world)
+    roll_call.calls, roll_call._store = 3, store
+    return str(roll_call.lost("step 3", RuntimeError("Timed out"))).partition(" was. ")[2]
+
+
+def _note(calls: int, where: str, *, run: int = 1, process: str = "") -> bytes:
+    return f"{run}\t{calls}\t{time.time() - 2}\t{process}\t{where}".encode()
 
 
 def test_a_store_that_is_gone_or_silent_tells_who_kept_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +209,103 @@ def test_a_store_that_is_gone_or_silent_tells_who_kept_it(monkeypatch: pytest.Mo
 
 
 def test_ranks_that_never_came_and_many_at_once() -> None:
-    assert "Missing: rank 0 (never seen). " in _missing(Store(notes={"test/1": b"3 step 2"}))
-    notes = {f"test/{rank}": b"3 step 2" if rank % 2 else b"2 step 1" for rank in range(40)}
+    assert "Missing: rank 0 (never seen). " in _missing(Store(notes={"test/1": _note(3, "step 3")}))
+    notes = {f"test/{rank}": _note(3, "step 2") if rank % 2 else _note(2, "step 1") for rank in range(40)}
     told = _missing(Store(notes=notes), 40)
     assert "rank 14 (last seen at step 1) and 12 more." in told
     assert "rank 16" not in told
+
+
+# ---------------------------------------------------------------------------------------------------- what became of it
+
+
+@pytest.mark.parametrize(
+    ("process", "end", "told"),
+    [
+        ("", b"", "Missing: rank 0 (last seen at step 2). It hangs or has ended"),
+        ("of another machine 1 1", b"", "Missing: rank 0 (last seen at step 2). It hangs or has ended"),
+        (this_process(), b"", "Missing: rank 0 (last seen at step 2), alive, and there for 2."),
+        ("gone", b"", "Missing: rank 0 (last seen at step 2), whose process has ended. It was killed"),
+        (
+            "gone",
+            b"1\traised\traised E: no",
+            "Missing: rank 0 (last seen at step 2), which raised E: no. Its own output",
+        ),
+        ("gone", b"1\twaited\tstep 2", "So was every other rank, and had given up waiting: rank 0 at step 2."),
+        (this_process(), b"7\traised\tof another run", "Missing: rank 0 (last seen at step 2), alive"),
+    ],
+)
+def test_what_became_of_the_missing_rank_is_told(process: str, end: bytes, told: str) -> None:
+    if process == "gone":
+        place, numbers, *_ = this_process().split(" ")
+        process = f"{place} {numbers} {os.getpid()} 1"  # that number, of a process that began at another time
+    notes = {"test/0": _note(2, "step 2", process=process), "test/0/end": end, "test/1": _note(3, "step 3")}
+    assert _missing(Store(notes={**notes, "test/1/end": b""})).startswith(told)
+
+
+def test_a_rank_that_is_in_an_earlier_run_is_missing_however_far_it_came_there() -> None:
+    notes = {"test/0": _note(99, "the end of the run"), "test/1": _note(3, "step 3", run=2)}
+    roll_call = RollCall("test", store=Store(notes=notes), rank=1, world=2)
+    assert roll_call.run == 3
+    told = "Missing: rank 0 .last seen at the end of the run."
+    with pytest.raises(RankLostError, match=told) as caught, roll_call("step 0"):
+        raise RuntimeError("Timed out")
+    assert roll_call.missing == [0]
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_errors_that_are_nobody_elses_pass() -> None:
+    """A dead loader worker is told of by a signal, whatever the rank is doing, and so while it waits for others."""
+    worker = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    for error in (torch.OutOfMemoryError("full"), ConfigurationError("no"), worker):
+        roll_call = RollCall("test", store=Store(), rank=1, world=2)
+        with pytest.raises(type(error)) as caught, roll_call("step 0"):
+            raise error
+        assert caught.value is error
+    roll_call.note_error(worker)
+    assert "lost a loader worker: RuntimeError: DataLoader worker" in roll_call._store.get("test/1/end").decode()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), True),
+        (RuntimeError("Gloo connectFullMesh failed"), True),
+        (dist.DistNetworkError("Connection reset by peer"), True),
+        (dist.DistNetworkError("EADDRINUSE, message: address already in use"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("gloo"), False),
+        (RankLostError("gloo"), False),
+    ],
+)
+def test_what_comes_from_a_collective_is_told_from_other_errors(error: Exception, is_one: bool) -> None:
+    assert module.is_of_a_collective(error) == is_one
+
+
+def test_a_loader_worker_ends_with_its_rank(tmp_path: Path) -> None:
+    """Though it was forked, and is busy."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    rank = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    with rank, rank.stdout:
+        worker = int(rank.stdout.readline())
+        rank.kill()
+    deadline = time.monotonic() + 5.0
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
+
+
+RANK = """
+import os, time
+from lightning_eff.integration.processes import EndWithParent
+import multiprocessing
+def work():
+    EndWithParent(print)(os.getpid())
+    import sys; sys.stdout.flush()
+    time.sleep(60)
+worker = multiprocessing.get_context("fork").Process(target=work)
+worker.start()
+worker.join()
+"""

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_eff.functional.formats import Codes
 from lightning_eff.kernels import convolution, products
 from lightning_eff.kernels.convolution import _gather_indexed, conv_forward, conv_input_grad, conv_weight_grad, gather
-from lightning_eff.kernels.geometry import Geometry, Triple
+from lightning_eff.kernels.geometry import Geometry, Triple, emulated_weight_grad
 
 ONE, ZERO = (1, 1, 1), (0, 0, 0)
 # Each: images, input and output channels; input size; geometry.
@@ -104,6 +104,39 @@ _original_groups = convolution._groups
 
 def _groups_without_minimum(images: int, bytes_per_image: int, at_least: int = 0) -> Any:
     return _original_groups(images, bytes_per_image)
+
+
+LONG = 140_001
+"""Terms of a sum of full-scale int8 codes that int32 cannot hold, let alone float32."""
+POINT = Geometry(ONE, ONE, ZERO, ONE)
+LINE = Geometry((1, 1, 3), ONE, (0, 0, 1), ONE)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("geometry", [POINT, LINE], ids=["pointwise", "line"])
+def test_no_sum_of_a_convolution_is_too_long(geometry: Geometry, native: bool, dtype: torch.dtype) -> None:
+    """Positions of one image, and channels, of which nobody else cuts the sums."""
+    top, taps, one = torch.iinfo(dtype).max, geometry.kernel[2], torch.tensor(1.0)
+
+    def full(*shape: int) -> Codes:
+        return Codes(torch.full(shape, top, dtype=dtype), one)
+
+    exact, rounding = LONG * top**2, LONG / 2 * 2**-24 if native and dtype == torch.int16 else 2**-24
+    dw = conv_weight_grad(full(1, 1, 1, LONG, 1), full(1, 1, 1, LONG, 1), geometry, native=native)
+    y = conv_forward(full(1, *ONE, LONG), full(1, taps, LONG), geometry, native=native)
+    dx = conv_input_grad(full(1, *ONE, LONG), full(LONG, taps, 1), geometry, ONE, native=native)
+    for found in (dw[0, taps // 2, 0], y, dx):
+        assert abs(found.item() / exact - 1) <= rounding
+
+
+def test_sums_of_grouped_convolutions_are_added_up_exactly_from_image_to_image() -> None:
+    """Each image's fits float32, all of them do not; an odd term shows any rounding."""
+    geometry, images, positions = Geometry(ONE, ONE, ZERO, ONE, 2), 40, 1000
+    x, dy = (torch.full((images, 1, 1, positions, 2), code, dtype=torch.int8) for code in (15, 64))
+    dy[0, 0, 0, 0], x[0, 0, 0, 0] = 1, 1
+    sums = emulated_weight_grad(dy, x, geometry)
+    assert sums.double().flatten().tolist() == [(images * positions - 1) * 15 * 64 + 1] * 2
 
 
 def test_groups_cover_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,22 +52,23 @@ GRADIENTS: Worlds = {"no grad": torch.no_grad, "grad": torch.enable_grad, "infer
 THREADS: Worlds = {"two threads": lambda: _set(torch.get_num_threads, torch.set_num_threads, 2)}
 
 
-def bits(value: Any) -> list[Any]:
-    """Every leaf of ``value``; of tensors dtype, shape and bytes, so that NaN equals itself and 0.0 is not -0.0."""
-    return [_bits(x) if isinstance(x, Tensor) else x for x in pytree.tree_leaves(value)]
+def _same(left: Any, right: Any) -> bool:
+    """Whether all leaves are alike; tensors in dtype, shape and bytes: NaN equals itself, and 0.0 is not -0.0."""
+    pairs = list(zip(pytree.tree_leaves(left), pytree.tree_leaves(right), strict=True))
+    return all(_same_bits(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
-def _bits(x: Tensor) -> tuple[Any, ...]:
-    return x.dtype, tuple(x.shape), x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    a_bytes, b_bytes = (x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a_bytes, b_bytes)
 
 
 def same_everywhere(compute: Callable[[], Any], *worlds: Worlds) -> list[str]:
     """The worlds in which ``compute`` gives other bits than outside of them; empty is good."""
-    expected = bits(compute())
-    found = []
+    expected, found = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), compute()), []
     for name, world in {key: world for part in worlds for key, world in part.items()}.items():
         with world():
             result = compute()
-        if bits(result) != expected:
+        if not _same(result, expected):
             found.append(name)
     return found

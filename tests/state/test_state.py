@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,7 @@ def loader_of(name: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
     options = RUNS[name].options()
     if "strategy" in options:
         strategy, key = options["strategy"], RUNS[name].path[0]
+        strategy._trainer = SimpleNamespace(global_step=0, max_steps=-1)
         names = ("_steps", "_total", "threshold_s", "_has_measured", "_measuring_until", "_loaded")
         return (
             lambda state: strategy.load_optimizer_state_dict({key: state, "optimizer_states": []}),

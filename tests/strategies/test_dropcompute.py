@@ -272,16 +272,15 @@ def test_what_would_wait_for_a_rank_is_refused(what: str, message: str) -> None:
 
 
 def test_a_file_that_is_not_for_timings_is_refused_before_the_run(tmp_path: Path) -> None:
-    from lightning_eff.strategies import DropComputeStrategy
+    from lightning_eff.strategies.dropcompute_refusals import refuse
 
     (tmp_path / "train.py").write_text("import torch\nprint(1)")
     runner: Any = SimpleNamespace(
         lightning_module=SimpleNamespace(automatic_optimization=True), accumulate_grad_batches=2, is_global_zero=True
     )
     for name, said in (("train.py", "holds something else"), ("none/run.csv", "there is no folder")):
-        strategy: Any = DropComputeStrategy(record_timings=str(tmp_path / name))
         with pytest.raises(ConfigurationError, match=said):
-            strategy._refuse(runner)
+            refuse(runner, None, None, str(tmp_path / name))
 
 
 def _one_micro_batch(rank: int, world: int) -> list[str]:

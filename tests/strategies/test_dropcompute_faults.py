@@ -99,7 +99,7 @@ def _told(error: RanksFailedError, rank: int) -> str:
     return own
 
 
-BEFORE = {FIRST: "the beginning", MIDDLE: "optimizer step 1", LAST: "optimizer step 4"}
+BEFORE = {FIRST: "a reduction", MIDDLE: "optimizer step 1", LAST: "optimizer step 4"}
 """Fault -> where the rank was last."""
 LONG = pytest.mark.long
 CASES = [

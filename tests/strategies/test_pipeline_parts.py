@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
-from lightning_eff.strategies.pipeline.mitigation import PARTS, Mitigation, fitting, parse_mitigation
+from lightning_eff.strategies.pipeline.mitigation import PARTS, Mitigation, fitting, parse_mitigation, velocity
 from lightning_eff.strategies.pipeline.randomness import USER, Randomness, drawn_seed
 from lightning_eff.strategies.pipeline.weights import Stage, Weights
 
@@ -177,6 +177,50 @@ def test_an_optimizer_can_do_some_of_it(kind: Any, options: dict[str, Any], aske
 def test_an_optimizer_that_cannot_is_refused(kind: Any, options: dict[str, Any], asked: str, told: str) -> None:
     with pytest.raises(UnsupportedCombinationError, match=told):
         fitting(parsed(asked), optimizer(kind, **options))
+
+
+def _every_optimizer() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """All of torch's, as they are made without options, and options that change what a step is."""
+    skip = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+    kinds = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type) and kind not in skip}
+    made = {name: (kind, {}) for name, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)}
+    ways: list[dict[str, Any]] = [{"maximize": True}, {"foreach": True}, {"weight_decay": 0.1}]
+    sgd: list[dict[str, Any]] = [{"nesterov": True}, {"dampening": 0.3}, {"fused": True}]
+    short = {"amsgrad": True, "betas": (0.9, 0.6)}  # so that the largest second moment is not the last
+    adam: list[dict[str, Any]] = [short, {"fused": True}, {**short, "maximize": True}]
+    for kind, options in ((SGD, [*ways, *sgd]), (torch.optim.Adam, [*ways, *adam]), (ADAM, [*ways, *adam])):
+        made |= {f"{kind.__name__} {option}": (kind, option) for option in options}
+    ways.append({"weight_decay": 0.1, "decoupled_weight_decay": True})
+    return made | {f"NAdam {option}": (torch.optim.NAdam, option) for option in ways}
+
+
+@pytest.mark.parametrize("name", _every_optimizer())
+def test_the_velocity_is_what_a_step_subtracts_or_the_optimizer_is_refused(name: str) -> None:
+    """The last of some steps: of equal gradients for NAdam, and for SGD when they have made the velocity what it stays.
+
+    For Adam of any gradients, here ever smaller ones.
+    """
+    kind, options = _every_optimizer()[name]
+    given = {"momentum": 0.9, **options} if kind is SGD else options
+    weight = nn.Parameter(torch.linspace(-2, 2, 12).view(3, 4) + 0.1)
+    made = kind([weight], lr=0.01, **given)
+    if kind.__name__ not in ("SGD", "Adam", "AdamW", "NAdam"):
+        with pytest.raises(UnsupportedCombinationError, match=f"needs to know what {kind.__name__} will subtract"):
+            fitting(parsed("lwp"), made)
+        return
+    assert str(fitting(parsed("lwp"), made)[0]) == "lwp"
+    start, coupled = weight.detach().clone(), not (kind is ADAM or "decoupled_weight_decay" in given)
+    for step in range(400 if kind is SGD else 7):
+        decay = given.get("weight_decay", 0.0) if coupled else 0.0
+        wanted = torch.sign(start) * (1 + start.abs())  # what the moments are to see
+        wanted = wanted * 0.6**step if kind in (torch.optim.Adam, ADAM) else wanted
+        sign = -1 if given.get("maximize") else 1
+        weight.grad = sign * (wanted - decay * weight.detach())
+        before = weight.detach().clone()
+        assert (velocity(weight, made, made.param_groups[0]) is None) == (step == 0)
+        made.step()
+    found = velocity(weight, made, made.param_groups[0])
+    torch.testing.assert_close(found, (before - weight.detach()) / 0.01, rtol=2e-3, atol=2e-4)
 
 
 def test_a_group_with_momentum_is_enough() -> None:

@@ -16,24 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_eff.errors import ConfigurationError
+from lightning_eff.integration.patches import Undo, replaced
 from lightning_eff.strategies.pipeline.weights import Weights
 
-Undo = Callable[[], None]
 _SAMPLED = 64
 """Elements of a tensor that its fingerprint is made of."""
-
-
-def replaced(owner: Any, name: str, value: Any) -> Undo:
-    """Set an attribute of an instance; the result sets back what was there."""
-    before = owner.__dict__.get(name)
-    owner.__dict__[name] = value
-
-    def undo() -> None:
-        owner.__dict__.pop(name, None)
-        if before is not None:
-            owner.__dict__[name] = before
-
-    return undo
 
 
 @contextlib.contextmanager
@@ -166,13 +153,13 @@ def with_batch_size(loader: Any, batch_size: int) -> Any:
     return torch.utils.data.DataLoader(batch_size=batch_size, **arguments)
 
 
-def seed_workers_alike(loader: Any, root: str) -> None:
+def seed_workers_alike(loader: Any, root: str) -> Undo:
     """After ``seed_everything(workers=True)`` Lightning would seed the loader's workers differently on every rank."""
     if not int(os.environ.get("PL_SEED_WORKERS", "0")) or getattr(loader, "worker_init_fn", loader) is not None:
-        return
+        return lambda: None
     fabric = "lightning_fabric" if root.startswith("pytorch_lightning") else "lightning.fabric"
     seeds = importlib.import_module(f"{fabric}.utilities.seed").pl_worker_init_function
-    loader.worker_init_fn = functools.partial(seeds, rank=0)
+    return replaced(loader, "worker_init_fn", functools.partial(seeds, rank=0))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_eff.checks import Text, check, shown
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
-from lightning_eff.functional.pipelined_bp import adam_direction
+from lightning_eff.functional.directions import adam_direction, nadam_direction
 from lightning_eff.strategies.options import HORIZON, SHRINK
 
 PARTS = ("none", "lwp", "lwp_w", "sc", "stash", "spectrain", "shrink")
@@ -120,12 +120,20 @@ def fitting(mitigation: Mitigation, optimizer: torch.optim.Optimizer) -> tuple[M
     return mitigation, said
 
 
-def velocity(parameter: nn.Parameter, state: Mapping[str, Any], group: Group) -> Tensor | None:
+def velocity(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, group: Group) -> Tensor | None:
     """What the optimizer will go on to subtract per unit of lr; None before its first step."""
-    if "exp_avg" in state:
-        direction = adam_direction(
-            state["exp_avg"], state["exp_avg_sq"], int(state["step"]), betas=group["betas"], eps=group["eps"]
-        )
-        return direction.to(parameter.dtype)
-    buffer: Tensor | None = state.get("momentum_buffer")
-    return buffer
+    state: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    if "exp_avg" not in state:
+        buffer: Tensor | None = state.get("momentum_buffer")
+        return buffer
+    first, second = state["exp_avg"], state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+    step, betas, eps = int(state["step"]), (float(group["betas"][0]), float(group["betas"][1])), float(group["eps"])
+    if isinstance(optimizer, torch.optim.NAdam):
+        more = {"momentum_decay": float(group["momentum_decay"]), "mu_product": float(state["mu_product"])}
+        direction = nadam_direction(first, second, step, betas=betas, eps=eps, **more)
+    else:
+        direction = adam_direction(first, second, step, betas=betas, eps=eps)
+    decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+    if decoupled and step and (decay := float(group["weight_decay"])):
+        direction = direction.add_(parameter.detach(), alpha=decay)
+    return direction.to(parameter.dtype)

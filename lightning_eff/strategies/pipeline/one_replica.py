@@ -11,6 +11,22 @@ import torch.distributed as dist
 class OneReplica:
     """World size 1 for whoever asks: the same batches everywhere, nothing to reduce; barriers and broadcasts real."""
 
+    stages: Any
+
+    @property
+    def positions(self) -> int:
+        """P, processes the model is spread over."""
+        return int(self.num_processes * self.num_nodes)  # type: ignore[attr-defined]
+
+    @property
+    def num_stages(self) -> Any:
+        """What ``stages`` asks for: a number, "layers" or names."""
+        return self.positions if self.stages in (None, "auto") else self.stages
+
+    @property
+    def _pipelines(self) -> bool:
+        return bool(self.num_stages != 1)
+
     @property
     def world_size(self) -> int:
         """Data-parallel replicas."""
@@ -38,6 +54,7 @@ class OneReplica:
         """Whether all processes, or any, say so."""
         if not (dist.is_available() and dist.is_initialized()):
             return decision
-        votes = torch.tensor(int(decision), device=self.root_device, dtype=torch.int64)  # type: ignore[attr-defined]
-        dist.all_reduce(votes)
+        votes = torch.tensor(int(decision), dtype=torch.int64, device=self.root_device)  # type: ignore[attr-defined]
+        with self._meeting("a decision"):  # type: ignore[attr-defined]
+            dist.all_reduce(votes)
         return int(votes) == dist.get_world_size() if all else bool(votes)

@@ -100,6 +100,10 @@ def same_on_all_ranks() -> None:
         numpy.random.set_state(states[2])
 
 
-def drawn_seed() -> int:
-    """A seed for a run from ``torch.initial_seed()``; nothing is drawn."""
-    return _mixed(torch.initial_seed() & _MASK)
+def drawn_seed(steps: int = 0) -> int:
+    """A seed for a run from ``torch.initial_seed()``; nothing is drawn.
+
+    Args:
+        steps: updates before the run; one that goes on after another draws other numbers.
+    """
+    return _mixed((torch.initial_seed() & _MASK) ^ (_mixed(steps) if steps else 0))

@@ -15,6 +15,7 @@ from lightning_eff.errors import (
     EffWarning,
     NoEffectWarning,
     NonFiniteGradientError,
+    RankLostError,
     UnsupportedCombinationError,
 )
 from lightning_eff.functional import stability
@@ -60,7 +61,7 @@ def refuse(trainer: Any, num_stages: Any, positions: int) -> None:
             f"'pipelined_bp' cannot be combined with {averaging[0]}: after a step a rank has the weights of its own "
             "stages alone. Average checkpoints afterwards, or use StochasticWeightAveraging (between epochs)."
         )
-    _refuse_callbacks(trainer, model)
+    _refuse_callbacks(trainer, model, pipelines=num_stages != 1)
     if isinstance(num_stages, int) and num_stages < positions:
         raise ConfigurationError(
             f"stages={num_stages} cannot be spread over {positions} processes. Use Trainer(devices={num_stages})."
@@ -74,7 +75,7 @@ def refuse(trainer: Any, num_stages: Any, positions: int) -> None:
         )
 
 
-def _refuse_callbacks(trainer: Any, model: nn.Module) -> None:
+def _refuse_callbacks(trainer: Any, model: nn.Module, *, pipelines: bool) -> None:
     """Raise for callbacks that change, while the run goes on, how many micro-batches an update has."""
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     for callback in trainer.callbacks:
@@ -83,6 +84,11 @@ def _refuse_callbacks(trainer: Any, model: nn.Module) -> None:
             raise UnsupportedCombinationError(
                 "'pipelined_bp' cannot be combined with GradientAccumulationScheduler: every micro-batch is an update. "
                 "Remove it."
+            )
+        if "BaseFinetuning" in kinds and pipelines:
+            raise UnsupportedCombinationError(
+                f"'pipelined_bp' cannot be combined with {type(callback).__name__}, which unfreezes parameters while "
+                "the run goes on. Freeze them before fit, and begin another fit to train others."
             )
         if "StochasticWeightAveraging" in kinds and normed:
             raise UnsupportedCombinationError(
@@ -95,15 +101,25 @@ class Trained:
     """Which parameters are trained; a stage is made of those that are when it is cut."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
         self._were = [(p, p.requires_grad) for p in model.parameters()]
-        self._optimizer, self._groups = optimizer, len(optimizer.param_groups)
+        self._groups = self._sizes()
+
+    def _sizes(self) -> list[int]:
+        return [len(group["params"]) for group in self._optimizer.param_groups]
 
     def check(self) -> None:
         """Raise an UnsupportedCombinationError if others are by now: they would never be updated."""
-        if any(p.requires_grad != was for p, was in self._were) or len(self._optimizer.param_groups) != self._groups:
+        now = list(self._model.parameters())
+        if len(now) != len(self._were) or any(p is not q for p, (q, _) in zip(now, self._were, strict=True)):
+            raise UnsupportedCombinationError(
+                "'pipelined_bp' cannot be combined with what replaces, adds or removes layers while the run goes on. "
+                "Change the model before fit, or between two."
+            )
+        if any(p.requires_grad != was for p, was in self._were) or self._sizes() != self._groups:
             raise UnsupportedCombinationError(
                 "'pipelined_bp' cannot be combined with what freezes or unfreezes parameters while the run goes on "
-                "(BaseFinetuning). Freeze them before fit, and begin another fit to train others."
+                "(BaseFinetuning, add_param_group). Freeze them before fit, and begin another fit to train others."
             )
 
 
@@ -129,6 +145,19 @@ def refuse_memories(plugin: Any, positions: int) -> None:
             f"'pipelined_bp' over {positions} processes cannot be combined with {plugin.info.name!r}, whose layers "
             "predict scales from the steps before: a resumed run would go on from other ones. Use one process "
             "(stages=...), or a precision without memory: 'luq4', 'fp8-rowwise', 'dfp16', 'bf16-emulated'."
+        )
+
+
+def refuse_after_error(left: Any) -> None:
+    """Raise if this rank has left the others: the weights of their stages are not to be had.
+
+    Raises:
+        RankLostError: ``left`` is not None.
+    """
+    if left is not None and left.world > 1:
+        raise RankLostError(
+            f"pipelined_bp: no checkpoint can be made after an error: rank {left.rank} holds the weights of its own "
+            "stages alone. Save checkpoints while the run goes on (ModelCheckpoint)."
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from lightning_eff.functional.pipelined_bp import flush_bubble
 from lightning_eff.strategies.pipeline.gantt import Span, schedule_svg
 from lightning_eff.strategies.pipeline.timeline import Sums
@@ -62,3 +64,16 @@ def verdict(timelines: Timelines, weights: Weights, picture: str | None) -> list
         )
     ]
     return lines + ([f"pipelined_bp: the schedule is drawn in {picture}"] if picture else [])
+
+
+def tell(timelines: Timelines, weights: Weights, folder: str | None) -> None:
+    """Print the verdict.
+
+    Args:
+        timelines: of every position, the first first.
+        weights: of the last position.
+        folder: for the picture; None for none.
+    """
+    picture = None if folder is None else save_picture(timelines, folder)
+    for line in verdict(timelines, weights, picture):
+        Console().print(line, highlight=False, soft_wrap=True)

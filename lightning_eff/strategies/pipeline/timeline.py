@@ -11,6 +11,8 @@ import torch
 from lightning_eff.strategies.pipeline.gantt import Span
 
 Kind = Literal["forward", "backward", "update", "wait", "transfer", "other"]
+SELDOM = 256
+"""Micro-batches after which spans are summed up on CUDA if nobody has asked for them."""
 KEPT = 64
 """Micro-batches whose spans are kept for the picture: the last ones."""
 
@@ -98,7 +100,8 @@ class Timeline:
         for sums in (self.run, self.recent):
             sums.micro_batches += 1
             sums.staleness += staleness or 0
-        if not self._cuda:
+        # On CUDA that waits for the device: seldom, and so often that events do not pile up where nobody records.
+        if not self._cuda or self.run.micro_batches % SELDOM == 0:
             self._sum_up()
 
     def record(self) -> Sums:

@@ -156,7 +156,7 @@ class Weights:
             return [(stage.parameters, list(steps), ahead)]
         moves = []
         for group, own in self.groups(stage):
-            velocities = [(p, velocity(p, self.optimizer.state.get(p, {}), group)) for p in own]
+            velocities = [(p, velocity(p, self.optimizer, group)) for p in own]
             known = [(p, v) for p, v in velocities if v is not None]
             if known and (far := -float(group["lr"]) * ahead):
                 moves.append(([p for p, _ in known], [v for _, v in known], far))

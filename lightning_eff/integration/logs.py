@@ -1,0 +1,30 @@
+"""Figures of a strategy in Lightning's loggers, as often as the Trainer logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["is_logged", "log_figures"]
+
+
+def is_logged(trainer: Any, step: int) -> bool:
+    """Whether the Trainer logs after ``step`` optimizer steps; with ``log_every_n_steps=0`` or barebones it never does.
+
+    Args:
+        trainer: Lightning's.
+        step: optimizer steps made.
+    """
+    every = int(trainer.log_every_n_steps)
+    return every > 0 and step % every == 0
+
+
+def log_figures(trainer: Any, figures: Mapping[str, float]) -> None:
+    """Hand figures to every logger of the Trainer.
+
+    Args:
+        trainer: Lightning's.
+        figures: name -> value.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(figures), step=trainer.global_step)
