@@ -44,6 +44,13 @@ class Workload:
         self.model.to(torch.bfloat16)
         return replace(self, x=self.x.to(torch.bfloat16) if self.x.is_floating_point() else self.x)
 
+    def in_channels_last(self) -> Workload:
+        """Give model and images the memory format channels-last, in place, and return the workload; others stay."""
+        if self.x.dim() != 4:
+            return self
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return replace(self, x=self.x.contiguous(memory_format=torch.channels_last))
+
     def converted_names(self) -> list[str]:
         """Return the names of the layers that are quantised: linear layers and convolutions but the exempt ones.
 

@@ -46,6 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", default="1", help="comma-separated CPU thread counts")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--channels-last", action="store_true", help="model and images in that memory format")
     parser.add_argument("--tiny", action="store_true", help="sizes for testing the benchmark itself")
     add_common_arguments(parser)
     options = parser.parse_args(argv)
@@ -61,6 +62,7 @@ def prepare(report: Report, model: str, options: argparse.Namespace) -> tuple[di
     steps, inner = {}, 1
     for variant in dict.fromkeys([*bases, *wanted]):
         work = workload(model, device=options.device, tiny=options.tiny)
+        work = work.in_channels_last() if options.channels_last else work
         try:
             steps[variant], inner = training_step(variant, work), work.inner
         except UnsupportedError as error:
