@@ -38,6 +38,13 @@ class RankLostError(EffError, RuntimeError):
     """A rank did not come to where all ranks had to meet, or was lost there."""
 
 
+class CheckpointError(EffError, RuntimeError):
+    """The state of a method in a checkpoint is damaged, of another version, or of another model.
+
+    A RuntimeError, as torch's ``load_state_dict`` raises for weights that do not fit.
+    """
+
+
 class MissingDependencyError(EffError, ImportError):
     """An optional package is needed for what was asked."""
 
@@ -69,5 +76,5 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
         >>> nearest("luq5", ["luq4", "bf16-mixed"])
         " Did you mean 'luq4'?"
     """
-    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(given[:80], list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

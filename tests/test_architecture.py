@@ -16,26 +16,27 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A part may import itself and the parts of lower levels. Parts of equal level are siblings and never meet.
 LEVELS = {
     "errors": 0,
-    "methods": 1,
-    "functional": 2,
-    "kernels": 3,
-    "optim": 4,
-    "integration": 5,
-    "precision": 6,
-    "strategies": 6,
-    "callbacks": 6,
-    "compose": 7,
-    "plan": 8,
-    "testing": 9,
-    "_runner": 10,
-    "__main__": 11,
+    "checks": 1,
+    "methods": 2,
+    "functional": 3,
+    "kernels": 4,
+    "optim": 5,
+    "integration": 6,
+    "precision": 7,
+    "strategies": 7,
+    "callbacks": 7,
+    "compose": 8,
+    "plan": 9,
+    "testing": 10,
+    "_runner": 11,
+    "__main__": 12,
 }
 # The facades hold public names. They may import integration (which imports no Lightning by itself) when they are
 # imported, and everything else only inside functions, so that `import lightning_eff` stays light.
 FACADES = {"__init__", "pytorch_lightning"}
 FACADE_AT_IMPORT = {"errors", "methods", "integration"}
 # Parts that are tensors in, tensors out: what they may import besides the standard library and lower parts.
-PURE = {"functional": {"torch"}, "kernels": {"torch", "triton"}, "errors": set(), "methods": set()}
+PURE = {"functional": {"torch"}, "kernels": {"torch", "triton"}, "errors": set(), "checks": set(), "methods": set()}
 MAX_LINES = 400
 
 

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_eff.callbacks.neural_gradients import (
+    PATTERNS,
     OutputGradients,
-    check_count,
-    check_patterns,
     check_trainer,
     select_layers,
 )
 from lightning_eff.callbacks.one_run import OneRunMixin
-from lightning_eff.errors import ConfigurationError, NoEffectWarning, UnsupportedCombinationError
+from lightning_eff.checks import Real, Whole, YesNo, check
+from lightning_eff.errors import EffWarning, NoEffectWarning, UnsupportedCombinationError
 from lightning_eff.functional.lognormal import lognormal_fit, remaining_sparsity, threshold_for
 from lightning_eff.functional.random import rank_seed
 from lightning_eff.kernels.pruning import stochastic_prune
@@ -92,13 +92,12 @@ class GradientPruningMixin(OneRunMixin):
         feedback: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
-            raise ConfigurationError(f"sparsity={sparsity!r} is not allowed; it is a share, 0 or more and below 1.")
-        self.sparsity = float(sparsity)
-        self.layers, self.exclude = check_patterns("layers", layers), check_patterns("exclude", exclude)
-        self.warmup_steps = check_count("warmup_steps", warmup_steps, 0)
-        self.refit_every_n_steps = check_count("refit_every_n_steps", refit_every_n_steps, 1)
-        self.feedback = bool(feedback)
+        self.sparsity: float = check("sparsity", sparsity, Real(0, 1, below=True))
+        self.layers: tuple[str, ...] = check("layers", layers, PATTERNS)
+        self.exclude: tuple[str, ...] = check("exclude", exclude, PATTERNS)
+        self.warmup_steps: int = check("warmup_steps", warmup_steps, Whole())
+        self.refit_every_n_steps: int = check("refit_every_n_steps", refit_every_n_steps, Whole(1))
+        self.feedback: bool = check("feedback", feedback, YesNo())
         self._hooks = OutputGradients(first=True)
         self._forget_run()
 
@@ -252,10 +251,23 @@ class GradientPruningMixin(OneRunMixin):
         return {"seed": self._seed, "ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with this rank's thresholds; with more ranks than before, the new ones take those of rank 0."""
-        ranks = state_dict["ranks"]
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._seed = state_dict["seed"]
+        """Continue with this rank's thresholds; with more ranks than before, the new ones take those of rank 0.
+
+        Raises:
+            CheckpointError: the state is damaged; nothing is changed.
+        """
+        found = self.info.read_state(state_dict)
+        ranks = found["ranks"]
+        together = dist.is_available() and dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        if len(ranks) != world and rank == 0:
+            warnings.warn(
+                f"GradientPruning: the checkpoint is of {len(ranks)} ranks, this run has {world}. Ranks that were not "
+                "there before prune with the thresholds of rank 0: the resume is not exact.",
+                EffWarning,
+                stacklevel=2,
+            )
+        self._seed = found["seed"]
         own = ranks[rank] if rank < len(ranks) else ranks[0]
         self._layers = {name: _Layer(**values) for name, values in own.items()}
         self._corrections = {}

@@ -17,16 +17,16 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_eff.callbacks.neural_gradients import (
+    PATTERNS,
     OutputGradients,
-    check_count,
-    check_patterns,
     check_trainer,
     console,
     select_layers,
 )
 from lightning_eff.callbacks.one_run import OneRunMixin
-from lightning_eff.errors import ConfigurationError, NoEffectWarning
-from lightning_eff.functional.lognormal import best_format, lognormal_fit, relative_error
+from lightning_eff.checks import Whole, check
+from lightning_eff.errors import NoEffectWarning
+from lightning_eff.functional.lognormal import BITS, best_format, lognormal_fit, relative_error
 from lightning_eff.methods import METHODS, MethodInfo
 
 
@@ -63,10 +63,9 @@ class GradientStatisticsMixin(OneRunMixin):
 
     def __init__(self, every_n_steps: int = 100, bits: int = 8, *, layers: Sequence[str] = ("*",)) -> None:
         super().__init__()
-        self.every_n_steps = check_count("every_n_steps", every_n_steps, 1)
-        if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
-            raise ConfigurationError(f"bits={bits!r} is not allowed; a format has 2 to 8 bits with the sign.")
-        self.bits, self.layers = bits, check_patterns("layers", layers)
+        self.every_n_steps: int = check("every_n_steps", every_n_steps, Whole(1))
+        self.bits: int = check("bits", bits, BITS)
+        self.layers: tuple[str, ...] = check("layers", layers, PATTERNS)
         self._hooks = OutputGradients()
         self._forget_run()
 
@@ -154,8 +153,9 @@ class GradientStatisticsMixin(OneRunMixin):
         return {"layers": {name: asdict(layer) for name, layer in self._layers.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the sums."""
-        self._layers = {name: _Layer(**values) for name, values in state_dict["layers"].items()}
+        """Continue the sums; a CheckpointError, and nothing changed, if the state is damaged."""
+        found = self.info.read_state(state_dict)
+        self._layers = {name: _Layer(**values) for name, values in found["layers"].items()}
 
 
 def _mean(values: Sequence[float]) -> float:

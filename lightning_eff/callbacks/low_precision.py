@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_eff.checks import Instance, Maybe, Text, check
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.integration.names import Request, parse_precision, precision_method
-from lightning_eff.integration.precision import check_strategy, graft
+from lightning_eff.integration.precision import check_options, check_strategy, graft
 
 __all__ = ["LowPrecisionMixin"]
 
@@ -30,14 +31,16 @@ class LowPrecisionMixin:
     Raises:
         UnknownMethodError: no such method (the nearest is named).
         UnsupportedCombinationError: in ``setup``, when the Trainer's precision or strategy does not go with the method.
-        ConfigurationError: in ``setup``, an unknown option, or the method is already there with other options.
+        ConfigurationError: an option is unknown or outside its range; in ``setup``, the method is already there with
+            other options.
     """
 
     def __init__(self, method: str = "luq4", options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.method = method
-        self.options = dict(options or {})
-        self._request = parse_precision(method) or Request(precision_method(method), None)
+        self.method: str = check("method", method, Text("the name of a precision method"))
+        self._request = parse_precision(self.method) or Request(precision_method(self.method), None)
+        self.options: dict[str, Any] = dict(check("options", options, Maybe(Instance(Mapping, "a mapping"))) or {})
+        check_options(self._request.info.name, self.options)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Graft the method before Lightning converts the model."""

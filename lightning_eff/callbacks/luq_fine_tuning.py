@@ -17,9 +17,23 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_eff.callbacks.one_run import OneRunMixin
+from lightning_eff.checks import Maybe, Real, Whole, check
 from lightning_eff.errors import ConfigurationError, EffWarning, UnsupportedCombinationError
 from lightning_eff.functional.luq import fnt_learning_rate
+from lightning_eff.methods.state import ListOf, Record, read_state
 from lightning_eff.optim.steps import Closure
+
+
+def _rates_fit(found: dict[str, Any]) -> str:
+    """Learning rates stand for the same parameter groups; before the phase there are no first ones yet."""
+    known, begun = len(found["start_lrs"]) <= len(found["base_lrs"]), found["start_step"] is not None
+    fits = known and (begun or not found["start_lrs"])
+    return "" if fits else "at most as many start_lrs as base_lrs, and a start_step where there are any"
+
+
+_RATES = ListOf(Real(0))
+STATE = Record({"start_step": Maybe(Whole()), "start_lrs": _RATES, "base_lrs": _RATES}, also=_rates_fit)
+"""What is kept in a checkpoint."""
 
 
 @dataclass
@@ -73,11 +87,8 @@ class LUQFineTuningMixin(OneRunMixin):
 
     def __init__(self, steps: int, base_lr: float | None = None) -> None:
         super().__init__()
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ConfigurationError(f"steps={steps!r} is not allowed; it is a number of optimizer steps, 1 or more.")
-        if base_lr is not None and not base_lr > 0:
-            raise ConfigurationError(f"base_lr={base_lr!r} is not allowed; it must be above zero, or None.")
-        self.steps, self.base_lr = steps, base_lr
+        self.steps: int = check("steps", steps, Whole(1))
+        self.base_lr: float | None = check("base_lr", base_lr, Maybe(Real(0, above=True)))
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -196,9 +207,10 @@ class LUQFineTuningMixin(OneRunMixin):
         return {"start_step": self._start_step, "start_lrs": self._start_lrs, "base_lrs": self._base_lrs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the checkpoint was made."""
-        self._start_step = state_dict["start_step"]
-        self._start_lrs, self._base_lrs = list(state_dict["start_lrs"]), list(state_dict["base_lrs"])
+        """Continue where the checkpoint was made; a CheckpointError, and nothing changed, if the state is damaged."""
+        remove = "del checkpoint['callbacks']['LUQFineTuning']"
+        found = read_state(STATE, state_dict, of="LUQFineTuning", remove=remove)
+        self._start_step, self._start_lrs, self._base_lrs = (found[key] for key in STATE.keys)
 
 
 def _param_groups(trainer: Any, only: Optimizer | None = None) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:

@@ -18,27 +18,15 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
+from lightning_eff.checks import Names
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
 from lightning_eff.integration.precision import check_strategy
 from lightning_eff.methods import MethodInfo
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers that have a neural gradient here; subclasses count."""
+PATTERNS = Names("a list of patterns of layer names, ['layer?.*']")
 OnGradient = Callable[[str, Tensor], "Tensor | None"]
-
-
-def check_patterns(argument: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return the patterns as a tuple; a single string, or an entry that is none, is a ConfigurationError."""
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ConfigurationError(f"{argument}={patterns!r} is not allowed; give a list of patterns, like ['layer?.*'].")
-    return tuple(patterns)
-
-
-def check_count(argument: str, value: int, least: int) -> int:
-    """Return ``value`` if it is an integer of at least ``least``, or raise a ConfigurationError."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigurationError(f"{argument}={value!r} is not allowed; it is a number of steps, {least} or more.")
-    return value
 
 
 def check_trainer(info: MethodInfo, trainer: Any) -> None:

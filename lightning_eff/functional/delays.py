@@ -19,6 +19,7 @@ Differs: hashed instead of drawn. Delays are not cut off at the threshold, as th
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -27,11 +28,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_eff.checks import SEED, SHARE, Real, Rule, Text, Whole, check, shown
 from lightning_eff.errors import ConfigurationError, nearest
 from lightning_eff.functional.dropcompute import check_timings
 from lightning_eff.functional.random import mix32
 from lightning_eff.functional.timings import read_timings
 
+MOST_DELAY = 1e6
+"""Times slower. What takes longer is no straggler: a rank would sleep for days."""
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
@@ -117,8 +121,7 @@ class LognormalDelay(Delay):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require("lognormal", "alpha", self.alpha, self.alpha > 0, "above 0")
-        _require("lognormal", "beta", self.beta, self.beta >= 0, "0 or more")
+        _check(self, "lognormal", alpha=Real(0, above=True), beta=Real(0, MOST_DELAY), seed=SEED)
 
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
         """Inverse transform: one uniform number per micro-batch gives one normal number."""
@@ -141,8 +144,7 @@ class StallDelay(Delay):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require("stall", "p", self.p, 0 <= self.p <= 1, "0 .. 1")
-        _require("stall", "factor", self.factor, self.factor >= 1, "1 or more")
+        _check(self, "stall", p=SHARE, factor=Real(1, MOST_DELAY), seed=SEED)
 
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
         """One uniform number per worker-step, whichever micro-batch asks."""
@@ -163,8 +165,7 @@ class SlowRankDelay(Delay):
     factor: float = 2.0
 
     def __post_init__(self) -> None:
-        _require("slow", "rank", self.rank, self.rank >= 0, "0 or more")
-        _require("slow", "factor", self.factor, self.factor >= 1, "1 or more")
+        _check(self, "slow", rank=Whole(), factor=Real(1, MOST_DELAY))
 
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
         """A constant of the rank."""
@@ -192,6 +193,11 @@ class TraceDelay(Delay):
         if not fast_s > 0:
             raise ConfigurationError(
                 "The fast micro-batches of the trace took 0 seconds; there is no slow beside that."
+            )
+        if float(trace.max()) > MOST_DELAY * fast_s:
+            raise ConfigurationError(
+                f"A micro-batch of the trace took {float(trace.max()):g} s, more than {MOST_DELAY:g} times the "
+                f"{fast_s:g} s of its fast ones: that is a rank that hung, or a damaged file. Remove its row."
             )
         object.__setattr__(self, "trace", trace)
         object.__setattr__(self, "fast_s", fast_s)
@@ -224,13 +230,15 @@ def parse_delay(spec: str, *, seed: int = 0) -> Delay:
         >>> parse_delay("lognormal", seed=7).extra_s(step=3, rank=1, micro_batch=0, base_s=0.03)
         0.0456...
     """
-    name, _, options = spec.partition(":")
+    name, _, options = check("delay", spec, Text("text: a kind of delay, or the path of a CSV file")).partition(":")
     kind = _NAMED.get(name.strip())
     if kind is None:
-        if Path(name).suffix or Path(spec).is_file():
+        if Path(name).suffix or os.path.isfile(spec):  # noqa: PTH113 - Path.is_file raises for what can be no path
             return TraceDelay(read_timings(spec).table)
         hint = nearest(name, _NAMED)
-        raise ConfigurationError(f"No delay {name!r}.{hint} Known: {', '.join(_NAMED)}, or the path of a CSV file.")
+        raise ConfigurationError(
+            f"No delay {shown(name)}.{hint} Known: {', '.join(_NAMED)}, or the path of a CSV file."
+        )
     types = {item.name: str(item.type) for item in fields(kind)}  # type: ignore[arg-type]
     given = {"seed": seed} if "seed" in types else {}
     return kind(**given | dict(_option(name, text, types) for text in options.split(",") if text))
@@ -240,15 +248,15 @@ def _option(delay: str, text: str, types: dict[str, str]) -> tuple[str, float]:
     name, _, value = (part.strip() for part in text.partition("="))
     if name not in types:
         hint = nearest(name, types)
-        raise ConfigurationError(f"Delay {delay!r} has no option {name!r}.{hint} Options: {', '.join(types)}.")
+        raise ConfigurationError(f"Delay {delay!r} has no option {shown(name)}.{hint} Options: {', '.join(types)}.")
     try:
         return name, _KINDS[types[name]](value)
     except ValueError as error:
         raise ConfigurationError(
-            f"Delay {delay!r}: {name}={value!r} is not a number of type {types[name]}; write {name}=VALUE."
+            f"Delay {delay!r}: {name}={shown(value)} is not a number of type {types[name]}; write {name}=VALUE."
         ) from error
 
 
-def _require(delay: str, name: str, value: float, allowed: bool, what: str) -> None:
-    if not (allowed and math.isfinite(value)):
-        raise ConfigurationError(f"Delay {delay!r}: {name}={value!r} is not allowed; it is {what}.")
+def _check(delay: Delay, kind: str, **rules: Rule) -> None:
+    for name, rule in rules.items():
+        object.__setattr__(delay, name, check(f"Delay {kind!r}: {name}", getattr(delay, name), rule))

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.checks import Whole, check
 from lightning_eff.functional.flexpoint import check_integer_format, integer_codes
 from lightning_eff.functional.formats import TINY, Codes
 
@@ -148,8 +148,7 @@ def dfp_add(codes_a: Tensor, exponent_a: int, codes_b: Tensor, exponent_b: int) 
 
 
 def _check_chain(chain: int) -> None:
-    if not 1 <= chain <= MAX_CHAIN:
-        raise ConfigurationError(f"chain={chain!r} is not allowed; use 1..{MAX_CHAIN} products.")
+    chain = check("chain", chain, Whole(1, MAX_CHAIN))
 
 
 def int32_overflows(a: Tensor, b: Tensor, *, chain: int) -> int:

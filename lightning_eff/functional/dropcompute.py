@@ -30,9 +30,11 @@ from typing import Literal, NamedTuple, get_args, overload
 import torch
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError, nearest
+from lightning_eff.checks import Choice, Real, Whole, check
+from lightning_eff.errors import ConfigurationError
 
 Normalize = Literal["computed", "maximum"]
+NORMALIZE = Choice(*get_args(Normalize))
 
 
 class Timings(NamedTuple):
@@ -80,11 +82,10 @@ def check_timings(table: Tensor, other: Tensor | float = 0.0) -> Timings:
     return Timings(table, other.expand(len(table)).contiguous())
 
 
-def check_min_micro_batches(min_micro_batches: int, micro_batches: int | None = None) -> None:
-    """Raise a ConfigurationError unless ``min_micro_batches`` is 0 or more, and not above M where M is given."""
-    if min_micro_batches < 0 or (micro_batches is not None and min_micro_batches > micro_batches):
-        limit = "" if micro_batches is None else f" and at most the {micro_batches} micro-batches of a step"
-        raise ConfigurationError(f"min_micro_batches={min_micro_batches!r} is not allowed; it is 0 or more{limit}.")
+def check_min_micro_batches(min_micro_batches: int, micro_batches: int | None = None) -> int:
+    """Return ``min_micro_batches``; a ConfigurationError unless it is 0 or more, and not above M where M is given."""
+    least = Whole() if micro_batches is None else Whole(0, micro_batches, "the micro-batches of a step")
+    return int(check("min_micro_batches", min_micro_batches, least))
 
 
 @overload
@@ -126,7 +127,7 @@ def completed(times: Tensor, tau: float, min_micro_batches: int = 1) -> Tensor:
         >>> completed(torch.tensor([[1.0, 1.0, 1.0], [1.0, 9.0, 1.0]]), tau=2.5).tolist()
         [3, 2]
     """
-    check_min_micro_batches(min_micro_batches)
+    min_micro_batches = check_min_micro_batches(min_micro_batches)
     elapsed = _ends(times)[..., :-1]
     done = torch.arange(times.shape[-1], device=times.device, dtype=torch.int64)
     # Elapsed time never shrinks: a worker that does not start m starts none of the later ones.
@@ -187,12 +188,10 @@ def gradient_factor(
         >>> gradient_factor(torch.tensor([4, 2]), 4, "maximum").item()
         0.5
     """
+    micro_batches = check("micro_batches", micro_batches, Whole(1))
     window = micro_batches if window is None else window
-    if normalize not in get_args(Normalize):
-        hint = nearest(str(normalize), get_args(Normalize))
-        raise ConfigurationError(f"normalize={normalize!r} is not known; allowed are {get_args(Normalize)}.{hint}")
-    if not 1 <= window <= micro_batches:
-        raise ConfigurationError(f"window={window!r} is not allowed; a step has 1 to {micro_batches} micro-batches.")
+    normalize = check("normalize", normalize, NORMALIZE)
+    window = check("window", window, Whole(1, micro_batches, "the micro-batches of a step"))
     total = counts.sum(dtype=torch.float64)
     # Tensor by tensor: torch takes a number divided by a tensor as a product with the reciprocal, rounded twice.
     divided, by = (window, total) if normalize == "computed" else (1, torch.full_like(total, counts.numel()))
@@ -222,6 +221,5 @@ def extra_micro_batches(micro_batches: int, drop_rate: float) -> int:
 
 def _scaled_up(number: int, drop_rate: float) -> int:
     """``number / (1 - drop_rate)``, rounded up unless the division alone made it more than a whole number."""
-    if not 0 <= drop_rate < 1:
-        raise ConfigurationError(f"drop_rate={drop_rate!r} is not allowed; it is in 0 .. 1, below 1.")
+    drop_rate = check("drop_rate", drop_rate, Real(0, 1, below=True))
     return math.ceil(number / (1 - drop_rate) * (1 - 1e-12))

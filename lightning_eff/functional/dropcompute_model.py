@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_eff.checks import SHARE, Real, Whole, check
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.dropcompute import (
     Timings,
@@ -89,8 +90,8 @@ def predicted(table: Tensor, other: Tensor | float, tau: float, min_micro_batche
         Prediction(step_s=7.0, drop_rate=0.25, speedup=1.392..., ideal_speedup=1.444...)
     """
     timings = check_timings(table, other)
-    _check_tau(tau)
-    check_min_micro_batches(min_micro_batches, timings.table.shape[-1])
+    tau = _seconds(tau)
+    min_micro_batches = check_min_micro_batches(min_micro_batches, timings.table.shape[-1])
     counts = completed(timings.table, tau, min_micro_batches)
     plain_s = float(_total(step_times(timings, torch.full_like(counts, timings.table.shape[-1]))))
     seconds = float(_total(step_times(timings, counts)))
@@ -107,7 +108,7 @@ def ideal_speedup(table: Tensor, other: Tensor | float, tau: float) -> float:
         >>> ideal_speedup(torch.ones(5, 3, 4), 1.0, tau=math.inf)
         1.0
     """
-    _check_tau(tau)
+    tau = _seconds(tau)
     return float(
         _ideal_speedups(check_timings(table, other), torch.tensor([tau], dtype=torch.float64, device="cpu"))[0]
     )
@@ -120,6 +121,7 @@ def ideal_threshold(table: Tensor, other: Tensor | float, *, candidates: int = 2
     micro-batches (the published code: 6 of 12) to the end of the slowest worker-step.
     """
     timings = check_timings(table, other)
+    candidates = check("candidates", candidates, Whole(1, 2**20, "each is tried on every step"))
     ends = timings.table.cumsum(-1)
     half = (ends.shape[-1] + 1) // 2
     taus = torch.linspace(
@@ -208,11 +210,9 @@ def best_threshold(
         inf
     """
     timings = check_timings(table, other)
-    check_min_micro_batches(min_micro_batches, timings.table.shape[-1])
-    if not 0 <= max_drop_rate <= 1:
-        raise ConfigurationError(f"max_drop_rate={max_drop_rate!r} is not allowed; it is in 0 .. 1.")
-    if not min_gain >= 0:
-        raise ConfigurationError(f"min_gain={min_gain!r} is not allowed; it is 0 or more.")
+    min_micro_batches = check_min_micro_batches(min_micro_batches, timings.table.shape[-1])
+    max_drop_rate = check("max_drop_rate", max_drop_rate, SHARE)
+    min_gain = check("min_gain", min_gain, Real(0, math.inf))
     stairs = _staircase(timings, min_micro_batches)
     speeds = stairs.counts.double() / stairs.seconds
     worth = float(speeds[-1]) * (1 + min_gain)
@@ -245,9 +245,8 @@ def _check_candidates(candidates: Tensor) -> Tensor:
     return taus.sort().values
 
 
-def _check_tau(tau: float) -> None:
-    if math.isnan(tau):
-        raise ConfigurationError("tau=nan is not allowed; it is seconds, inf for no dropping.")
+def _seconds(tau: float) -> float:
+    return float(check("tau", tau, Real(high=math.inf)))
 
 
 def expected_slowest(workers: int, micro_batches: int, mean_s: float, std_s: float) -> float:
@@ -268,8 +267,7 @@ def expected_slowest(workers: int, micro_batches: int, mean_s: float, std_s: flo
         >>> [round(expected_slowest(n, 1, 0.0, 1.0), 3) for n in (1, 2, 8, 64, 4096)]
         [0.0, 0.52, 1.459, 2.369, 3.637]
     """
-    if workers < 1:
-        raise ConfigurationError(f"workers={workers!r} is not allowed; it is 1 or more.")
+    workers = check("workers", workers, Whole(1))
     excess = 0.0
     if workers > 1:
         tail = -_NORMAL.inv_cdf(1 / workers), -_NORMAL.inv_cdf(1 / (math.e * workers))

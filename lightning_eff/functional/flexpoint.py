@@ -28,16 +28,28 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_eff.checks import Choice, Real, Rule, Whole, check
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.formats import TINY, Codes
 from lightning_eff.functional.random import draw_seed, uniform
+from lightning_eff.methods.state import AUTOFLEX, read_estimate
 
 Rounding = Literal["nearest", "stochastic"]
+BITS, ROUNDING = Whole(4, 16), Choice(*get_args(Rounding))
+ALPHA, BETA, GAMMA = Real(0, 2.0**16, above=True), Real(0, 2.0**16), Real(0, 2.0**31, above=True)
+"""Beyond the whole range of 16 bits no tensor would have a code but zero."""
+LENGTH = Whole(1, 1_024, "the paper's is 16; all of it is kept, saved, and gone through at every write")
+_EXPONENT = Whole(-126, 100)
+_RULES: Mapping[str, Rule] = MappingProxyType({
+    "alpha": ALPHA, "beta": BETA, "gamma": GAMMA, "length": LENGTH, "bits": BITS,
+    "min_exponent": _EXPONENT, "max_exponent": _EXPONENT,
+})  # fmt: skip
 INIT_ROUNDS = 10
 """Rounds of the initialisation before it gives up."""
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -45,10 +57,8 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 def check_integer_format(bits: int, rounding: str = "nearest") -> None:
     """Raise a ConfigurationError unless both are allowed; 16 bits is what the codes' int16 holds."""
-    if not 4 <= bits <= 16:
-        raise ConfigurationError(f"bits={bits!r} is not allowed; use 16, or another of 4..16.")
-    if rounding not in get_args(Rounding):
-        raise ConfigurationError(f"rounding={rounding!r} is not known; allowed are {get_args(Rounding)}.")
+    check("bits", bits, BITS)
+    check("rounding", rounding, ROUNDING)
 
 
 def integer_codes(
@@ -256,10 +266,11 @@ class Autoflex:
     same maximum (the largest of theirs), or their scales drift apart.
 
     Args:
-        alpha: headroom, a factor above 0.
-        beta: weight of the standard deviation, 0 or more.
-        gamma: added to the maximum in units of kappa, above 0; with it a tensor of zeros has a scale that shrinks.
-        length: l, writes looked back on.
+        alpha: headroom, a factor above 0, at most 2^16.
+        beta: weight of the standard deviation, 0 .. 2^16.
+        gamma: added to the maximum in units of kappa, above 0, at most 2^31; with it a tensor of zeros has a scale that
+            shrinks.
+        length: l, writes looked back on, 1 .. 1,024.
         bits: N, 4..16.
         min_exponent: kappa >= 2^min_exponent. The default and that of ``max_exponent`` are those of flex16+5; a tensor
             whose maximum lies outside about 2^-18 .. 2^14 needs others.
@@ -299,15 +310,9 @@ class Autoflex:
     initialised: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        check_integer_format(self.bits)
-        if not (0 < self.alpha < math.inf and 0 <= self.beta < math.inf and 0 < self.gamma < math.inf):
-            raise ConfigurationError(
-                f"alpha={self.alpha!r}, beta={self.beta!r}, gamma={self.gamma!r} is not allowed; "
-                f"use finite alpha > 0, beta >= 0, gamma > 0 (the paper's are 2, 3, 100)."
-            )
-        if self.length < 1:
-            raise ConfigurationError(f"length={self.length!r} is not allowed; use 16, or another of 1 and more.")
-        if not -126 <= self.min_exponent <= self.max_exponent <= 100:
+        for name, rule in _RULES.items():
+            setattr(self, name, check(name, getattr(self, name), rule))
+        if self.min_exponent > self.max_exponent:
             raise ConfigurationError(
                 f"min_exponent={self.min_exponent!r}, max_exponent={self.max_exponent!r} is not allowed; "
                 f"use -126 <= min_exponent <= max_exponent <= 100."
@@ -355,7 +360,11 @@ class Autoflex:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo :meth:`state_dict`; of a history longer than ``length`` the newest values stay."""
-        self.scale, self.overflows = float(state["scale"]), int(state["overflows"])
-        self.initialised = bool(state["initialised"])
-        self.history = deque(map(float, state["history"]), maxlen=self.length)
+        """Undo :meth:`state_dict`; of a history longer than ``length`` the newest values stay.
+
+        Raises:
+            CheckpointError: it is no such state; nothing is changed.
+        """
+        found = read_estimate(AUTOFLEX, state, of="Autoflex")
+        self.scale, self.overflows, self.initialised = found["scale"], found["overflows"], found["initialised"]
+        self.history = deque(found["history"], maxlen=self.length)

@@ -29,12 +29,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_eff.checks import Choice, Maybe, Rule, Whole, check, checked
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.random import draw_seed, uniform
 
 Special = Literal["none", "fn", "ieee"]
 Rounding = Literal["nearest", "stochastic"]
 Infinity = Literal["propagate", "saturate"]
+_RULES: dict[str, Rule] = {
+    "exponent_bits": Whole(0, 7),
+    "mantissa_bits": Whole(0, 7),
+    "bias": Maybe(Whole(-1000, 1000)),
+    "special": Choice(*get_args(Special)),
+}
+ROUNDING, INFINITY = Choice(*get_args(Rounding)), Choice(*get_args(Infinity))
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -66,13 +74,13 @@ class FloatFormat:
     special: Special = "none"
 
     def __post_init__(self) -> None:
+        for name, value in checked(_RULES, self.__dict__).items():
+            object.__setattr__(self, name, value)
         e, m = self.exponent_bits, self.mantissa_bits
-        if e < 0 or m < 0 or not 1 <= e + m <= 7:
+        if not 1 <= e + m <= 7:
             raise ConfigurationError(
                 f"exponent_bits={e!r}, mantissa_bits={m!r} is not allowed; with the sign they must make 2 to 8 bits."
             )
-        if self.special not in get_args(Special):
-            raise ConfigurationError(f"special={self.special!r} is not known; allowed are {get_args(Special)}.")
         if (self.special == "fn" and (e < 1 or e + m < 2)) or (self.special == "ieee" and (e < 2 or m < 1)):
             raise ConfigurationError(f"E{e}M{m} has too few bits for special={self.special!r}; use special='none'.")
         if self.bias is None:
@@ -166,10 +174,8 @@ def _table(fmt: FloatFormat) -> Tensor:
 
 def check_choices(rounding: str, infinity: str) -> None:
     """Raise a ConfigurationError unless both are known choices."""
-    if rounding not in get_args(Rounding):
-        raise ConfigurationError(f"rounding={rounding!r} is not known; allowed are {get_args(Rounding)}.")
-    if infinity not in get_args(Infinity):
-        raise ConfigurationError(f"infinity={infinity!r} is not known; allowed are {get_args(Infinity)}.")
+    check("rounding", rounding, ROUNDING)
+    check("infinity", infinity, INFINITY)
 
 
 def _exponent_part(a: Tensor) -> Tensor:

@@ -24,12 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_eff.checks import Whole, check
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.formats import Codes
+from lightning_eff.methods.state import DELAYED, read_estimate
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST: dict[torch.dtype, float] = {E4M3: 448.0, E5M2: 57344.0}
 """Largest finite value of each format."""
+HISTORY = Whole(1, 16_384, "sixteen times the default of Transformer Engine; all of it is kept and saved")
+MARGIN = Whole(-8, 8)
 
 
 def fp8_scale(max_abs: Tensor, dtype: torch.dtype, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -122,8 +126,8 @@ class DelayedScale:
     maximum leave the estimate as it is.
 
     Args:
-        history: steps looked back on, l.
-        margin: octaves of headroom above the largest one seen.
+        history: steps looked back on, l, 1 .. 16,384.
+        margin: octaves of headroom above the largest one seen, -8 .. 8.
 
     Attributes:
         max_abs: None before the first step, whose scale has to come from its own tensor.
@@ -139,9 +143,9 @@ class DelayedScale:
     """
 
     def __init__(self, *, history: int = 1024, margin: int = 0) -> None:
-        self.margin = margin
+        self.margin: int = check("margin", margin, MARGIN)
         self.max_abs: float | None = None
-        self._seen: deque[float] = deque(maxlen=history)
+        self._seen: deque[float] = deque(maxlen=check("history", history, HISTORY))
 
     def update(self, observed: float) -> None:
         """Take in the largest magnitude of a step."""
@@ -154,7 +158,12 @@ class DelayedScale:
         return {"history": list(self._seen), "max_abs": self.max_abs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo :meth:`state_dict`."""
+        """Undo :meth:`state_dict`; of a longer history the newest values stay.
+
+        Raises:
+            CheckpointError: it is no such state; nothing is changed.
+        """
+        found = read_estimate(DELAYED, state, of="DelayedScale")
         self._seen.clear()
-        self._seen.extend(state["history"])
-        self.max_abs = state["max_abs"]
+        self._seen.extend(found["history"])
+        self.max_abs = found["max_abs"]

@@ -30,10 +30,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.checks import Real, Whole, check
 from lightning_eff.functional.float_format import FloatFormat
 from lightning_eff.functional.random import draw_seed, uniform
+from lightning_eff.methods.state import fitted_format, read_estimate
 
+DEVIATION = Real(0, 1000)
+"""A standard deviation of logarithms; those of all float32 numbers there are span 190."""
+BITS = Whole(2, 8)
+"""Of a format, with the sign."""
 SHIFT = 3
 """Octaves between the middle of a fitted format and the mean of log2|g|."""
 _LN2 = math.log(2.0)
@@ -91,9 +96,8 @@ def _phi(z: float) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2.0))
 
 
-def _check_sigma(sigma: float) -> None:
-    if not (sigma >= 0 and math.isfinite(sigma)):
-        raise ConfigurationError(f"sigma={sigma!r} is not allowed; a standard deviation is finite and 0 or more.")
+def _deviation(sigma: float) -> float:
+    return float(check("sigma", sigma, DEVIATION))
 
 
 def sparsity_of(a: float, sigma: float) -> float:
@@ -109,7 +113,7 @@ def sparsity_of(a: float, sigma: float) -> float:
         >>> round(sparsity_of(10.687, 1.0), 4)
         0.85
     """
-    _check_sigma(sigma)
+    sigma = _deviation(sigma)
     if a <= 0:
         return 0.0
     if sigma == 0:
@@ -133,9 +137,8 @@ def threshold_for(sparsity: float, sigma: float) -> float:
         >>> round(threshold_for(0.9, 2.0), 3)
         47.657
     """
-    _check_sigma(sigma)
-    if not sparsity < 1:
-        raise ConfigurationError(f"sparsity={sparsity!r} is not allowed; unbiased pruning leaves some, so below 1.")
+    sigma = _deviation(sigma)
+    sparsity = check("sparsity", sparsity, Real(high=1, below=True))  # unbiased pruning leaves some
     if sparsity <= 0:
         return 0.0
     if sigma == 0:
@@ -205,7 +208,7 @@ def cosine_similarity_of(a: float, sigma: float) -> float:
         >>> round(cosine_similarity_of(threshold_for(0.85, 1.0), 1.0), 4)
         0.6279
     """
-    _check_sigma(sigma)
+    sigma = _deviation(sigma)
     if a <= 0:
         return 1.0
     if sigma == 0:
@@ -235,8 +238,9 @@ def relative_error(exponent_bits: int, mantissa_bits: int, sigma2: float) -> flo
         >>> round(relative_error(4, 3, 3.0), 4)
         0.0277
     """
-    if not (sigma2 > 0 and math.isfinite(sigma2)):
-        raise ConfigurationError(f"sigma2={sigma2!r} is not allowed; it is finite and above 0.")
+    exponent_bits = check("exponent_bits", exponent_bits, Whole(0, 10))
+    mantissa_bits = check("mantissa_bits", mantissa_bits, Whole(0, 52))
+    sigma2 = check("sigma2", sigma2, Real(0, above=True))
     reach = 2.0 ** (exponent_bits - 1)
     outside = 2 * _phi(-reach / sigma2)
     credit = reach * _LN2 + (sigma2 * _LN2) ** 2 / 2 + _log_phi(-(reach / sigma2 + sigma2 * _LN2))
@@ -258,9 +262,8 @@ def best_format(bits: int, sigma2: float) -> FloatFormat:
         >>> best_format(4, 3.0), best_format(8, 3.0).exponent_bits, best_format(8, 5.0).exponent_bits
         (FloatFormat(exponent_bits=3, mantissa_bits=0, bias=3, special='none'), 4, 5)
     """
-    if not 2 <= bits <= 8:
-        raise ConfigurationError(f"bits={bits!r} is not allowed; a format has 2 to 8 bits with the sign.")
-    _check_sigma(sigma2)
+    bits = check("bits", bits, BITS)
+    sigma2 = _deviation(sigma2)
     if sigma2 == 0:
         return FloatFormat(0, bits - 1)
     exponent_bits = min(range(bits), key=lambda e: relative_error(e, bits - 1 - e, sigma2))
@@ -292,7 +295,7 @@ class FittedFormat:
     """
 
     def __init__(self, bits: int) -> None:
-        self.bits = bits
+        self.bits: int = check("bits", bits, BITS)
         self.format = best_format(bits, 5.0)
         self.fitted = False
 
@@ -307,7 +310,12 @@ class FittedFormat:
         return {"exponent_bits": self.format.exponent_bits, "bias": self.format.bias, "fitted": self.fitted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo :meth:`state_dict`."""
-        exponent_bits = int(state["exponent_bits"])
-        self.format = FloatFormat(exponent_bits, self.bits - 1 - exponent_bits, bias=int(state["bias"]))
-        self.fitted = bool(state["fitted"])
+        """Undo :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: it is no state of a format with so many bits; nothing is changed.
+        """
+        found = read_estimate(fitted_format(self.bits), state, of="FittedFormat")
+        exponent_bits = found["exponent_bits"]
+        self.format = FloatFormat(exponent_bits, self.bits - 1 - exponent_bits, bias=found["bias"])
+        self.fitted = found["fitted"]

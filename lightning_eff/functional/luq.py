@@ -28,13 +28,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.checks import Choice, Real, Whole, check
 from lightning_eff.functional.formats import TINY, Codes
 from lightning_eff.functional.random import draw_seed, uniform
+from lightning_eff.methods.state import HINDSIGHT, read_estimate
 
 Rounding = Literal["luq", "no_underflow", "no_log_rounding", "nearest"]
 GRADIENT_ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 """``"luq"``, and the ablations: underflow to zero, log rounding to nearest, both to nearest."""
+LEVELS, ROUNDING, MOMENTUM = Whole(2, 8), Choice(*GRADIENT_ROUNDINGS), Real(0, 1, below=True)
+SAMPLES = Whole(1, 64, "each costs a pass and a byte per element of a gradient, and the paper uses 2")
+"""The variance falls as 1 / samples; beyond 64 that of the roundings to INT4 is all there is."""
 
 
 def luq_scale(max_abs: Tensor, *, levels: int = 7, power_of_two: bool = False) -> Tensor:
@@ -52,8 +56,7 @@ def luq_scale(max_abs: Tensor, *, levels: int = 7, power_of_two: bool = False) -
     Raises:
         ConfigurationError: ``levels`` out of range.
     """
-    if not 2 <= levels <= 8:
-        raise ConfigurationError(f"levels={levels!r} is not allowed; use 7 (strict 4-bit) or another of 2..8.")
+    levels = check("levels", levels, LEVELS)
     alpha = (max_abs.to(torch.float32) * 2.0 ** (1 - levels)).clamp(min=TINY)
     if power_of_two:
         mantissa, exponent = torch.frexp(alpha)
@@ -99,8 +102,7 @@ def luq_codes(
         >>> codes.tolist(), alpha.item()
         ([64, -8, 0], 1.0)
     """
-    if rounding not in GRADIENT_ROUNDINGS:
-        raise ConfigurationError(f"rounding={rounding!r} is not known; allowed are {GRADIENT_ROUNDINGS}.")
+    rounding = check("rounding", rounding, ROUNDING)
     x = x.detach().to(torch.float32)
     if max_abs is None:
         max_abs = x.abs().max() if x.numel() else x.new_zeros(())
@@ -168,15 +170,14 @@ def smp_quantize(x: Tensor, *, samples: int, levels: int = 7, seed: int | None =
 
     Args:
         x: any floating tensor.
-        samples: N >= 1.
+        samples: N, 1 .. 64.
         levels: number of magnitudes.
         seed: seed of the first sample; sample ``i`` uses ``seed + i``.
 
     Raises:
-        ConfigurationError: ``samples`` below 1.
+        ConfigurationError: ``samples`` is not in 1 .. 64.
     """
-    if samples < 1:
-        raise ConfigurationError(f"samples={samples!r} is not allowed; use 1 (plain LUQ) or more.")
+    samples = check("samples", samples, SAMPLES)
     seed = draw_seed() if seed is None else seed
     return torch.stack([luq_quantize(x, levels=levels, seed=seed + i) for i in range(samples)]).mean(0)
 
@@ -187,7 +188,7 @@ class HindsightMax:
     It replaces the pass over the tensor for its maximum; values above the estimate saturate (a small bias).
 
     Args:
-        momentum: eta; 0.1 is from memory, unverified in the paper's text.
+        momentum: eta, 0 and more, below 1; 0.1 is from memory, unverified in the paper's text.
 
     Example:
         >>> estimate = HindsightMax(momentum=0.25)
@@ -196,7 +197,7 @@ class HindsightMax:
     """
 
     def __init__(self, momentum: float = 0.1) -> None:
-        self.momentum = momentum
+        self.momentum: float = check("momentum", momentum, MOMENTUM)
         self.value = math.nan
 
     def update(self, observed: float) -> None:
@@ -210,8 +211,8 @@ class HindsightMax:
         return {"value": self.value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo :meth:`state_dict`."""
-        self.value = float(state["value"])
+        """Undo :meth:`state_dict`; a CheckpointError, and nothing changed, if it is none."""
+        self.value = read_estimate(HINDSIGHT, state, of="HindsightMax")["value"]
 
 
 def fnt_learning_rate(step: int, *, total: int, start: float, base: float) -> float:

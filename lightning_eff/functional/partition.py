@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 
+from lightning_eff.checks import Whole, check
 from lightning_eff.errors import ConfigurationError
 
 
@@ -48,7 +49,8 @@ def balance(costs: Sequence[float], parts: int, *, together: Sequence[tuple[int,
 
 def _allowed_cuts(num_items: int, parts: int, together: Sequence[tuple[int, int]]) -> list[int]:
     """Where a group may begin or end: 0, the allowed cuts, n."""
-    if not 1 <= parts <= num_items:
+    parts = check("parts", parts, Whole(1))
+    if parts > num_items:
         raise ConfigurationError(f"parts={parts!r} is not allowed for {num_items} items; no group may be empty.")
     for first, last in together:
         if not 0 <= first <= last < num_items:

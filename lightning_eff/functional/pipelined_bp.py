@@ -39,7 +39,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.checks import Real, Whole, check
 
 Kind = Literal["forward", "backward"]
 FINE_GRAINED = 2
@@ -82,30 +82,23 @@ def delay(stage: int, stages: int, *, in_flight: int = FINE_GRAINED) -> int:
         >>> [delay(stage, 4, in_flight=1) for stage in range(4)]
         [3, 2, 1, 0]
     """
-    _check_at_least_one(stages=stages, in_flight=in_flight)
-    if not 0 <= stage < stages:
-        raise ConfigurationError(f"stage={stage!r} is not allowed; {stages} stages are numbered 0 to {stages - 1}.")
+    stages, in_flight = _at_least_one(stages=stages, in_flight=in_flight)
+    stage = check("stage", stage, Whole(0, stages - 1, f"there are {stages}"))
     return in_flight * (stages - 1 - stage)
 
 
-def _check_at_least_one(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigurationError(f"{name}={count!r} is not allowed; it is at least 1.")
+def _at_least_one(**counts: int) -> list[int]:
+    return [check(name, count, Whole(1)) for name, count in counts.items()]
 
 
-def _check_range(low: float, high: float, **values: float) -> None:
-    """Raise unless low <= value <= high and the value is finite (NaN is in no range)."""
-    for name, value in values.items():
-        if not (low <= value <= high and math.isfinite(value)):
-            limit = f"not below {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-            raise ConfigurationError(f"{name}={value!r} is not allowed; it is a finite number {limit}.")
+def _from_0(high: float | None = None, **values: float) -> list[float]:
+    """The values, finite and from 0 to ``high``."""
+    return [check(name, value, Real(0, high)) for name, value in values.items()]
 
 
 def _power_sum(momentum: float, delay: float) -> float:
     """1 + m + .. + m^(D - 1) = (1 - m^D) / (1 - m), for real D as well; no digits lost near m = 1."""
-    _check_range(0.0, 1.0, momentum=momentum)
-    _check_range(0.0, math.inf, delay=delay)
+    (momentum,), (delay,) = _from_0(1, momentum=momentum), _from_0(delay=delay)
     if momentum == 1:
         return float(delay)
     if momentum == 0:
@@ -133,7 +126,7 @@ def spike_coefficients(momentum: float, delay: float) -> tuple[float, float]:
         (1.0, 0.0)
     """
     b = _power_sum(momentum, delay)
-    return math.pow(momentum, delay), b
+    return math.pow(float(momentum), float(delay)), b
 
 
 def geometric_horizon(momentum: float, delay: float) -> float:
@@ -149,7 +142,8 @@ def geometric_horizon(momentum: float, delay: float) -> float:
         >>> geometric_horizon(0.5, 2)
         0.75
     """
-    return momentum * _power_sum(momentum, delay)
+    total = _power_sum(momentum, delay)
+    return float(momentum) * total
 
 
 def spectrain_horizons(stage: int, stages: int, *, in_flight: int = FINE_GRAINED) -> tuple[int, int]:
@@ -243,9 +237,8 @@ def shrink_factor(delay: int, gamma: float) -> float:
         >>> shrink_factor(2, 0.5)
         0.25
     """
-    _check_range(0.0, math.inf, delay=delay)
-    _check_range(0.0, 1.0, gamma=gamma)
-    return math.pow(gamma, delay)
+    (late,), (gamma,) = _from_0(delay=delay), _from_0(1, gamma=gamma)
+    return math.pow(gamma, late)
 
 
 def utilisation(samples: int, stages: int, *, fine_grained: bool = True) -> float:
@@ -267,7 +260,7 @@ def utilisation(samples: int, stages: int, *, fine_grained: bool = True) -> floa
         >>> round(utilisation(128, 34), 3)
         0.66
     """
-    _check_at_least_one(samples=samples, stages=stages)
+    samples, stages = _at_least_one(samples=samples, stages=stages)
     return samples / (samples + (2 if fine_grained else 1) * (stages - 1))
 
 
@@ -281,7 +274,7 @@ def flush_bubble(stages: int, micro_batches: int) -> float:
         >>> flush_bubble(4, 9)
         0.25
     """
-    _check_at_least_one(stages=stages, micro_batches=micro_batches)
+    stages, micro_batches = _at_least_one(stages=stages, micro_batches=micro_batches)
     return (stages - 1) / (micro_batches + stages - 1)
 
 
@@ -308,7 +301,8 @@ def schedule(samples: int, stages: int, *, in_flight: int = FINE_GRAINED) -> lis
         >>> [operation.version for operation in last]
         [0, 0, 1, 1]
     """
-    _check_at_least_one(samples=samples, stages=stages, in_flight=in_flight)
+    samples = check("samples", samples, Whole(1, 2**20, "every operation is listed"))
+    stages, in_flight = _at_least_one(stages=stages, in_flight=in_flight)
     waiting = [_order(samples, delay(stage, stages, in_flight=in_flight))[::-1] for stage in range(stages)]
     done: list[list[Operation]] = [[] for _ in range(stages)]
     steps: dict[tuple[int, Kind, int], int] = {}
@@ -367,8 +361,8 @@ def scale_hyperparameters(lr: float, momentum: float, batch_size: int, new_batch
         >>> f"{lr:.4g} {momentum:.8f}"
         '6.428e-06 0.99917721'
     """
-    _check_at_least_one(batch_size=batch_size, new_batch_size=new_batch_size)
-    _check_range(0.0, math.inf, lr=lr)
+    batch_size, new_batch_size = _at_least_one(batch_size=batch_size, new_batch_size=new_batch_size)
+    (lr,) = _from_0(lr=lr)
     ratio = new_batch_size / batch_size
     # _power_sum is (1 - m') / (1 - m), and checks m.
     return lr * _power_sum(momentum, ratio) * ratio, math.pow(momentum, ratio)

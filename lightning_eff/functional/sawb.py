@@ -26,15 +26,16 @@ Differs: 15 symmetric levels (IBM's "code 403" coefficients) instead of 16, so t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.checks import Choice, check
 from lightning_eff.functional.formats import TINY, Codes
 
 Unsigned = Literal[False, "mirror5", "reference"]
+UNSIGNED = Choice(*get_args(Unsigned))
 
 COEFFICIENTS: dict[str, dict[int, tuple[float, float]]] = {
     "signed": {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.035, -12.03)},
@@ -47,12 +48,8 @@ FLAT = 0.87
 
 
 def _check(bits: int, unsigned: Unsigned) -> tuple[float, float]:
-    kind = unsigned or "signed"
-    if kind not in COEFFICIENTS:
-        raise ConfigurationError(f"unsigned={unsigned!r} is not known; allowed are False, 'mirror5' and 'reference'.")
-    if bits not in COEFFICIENTS[kind]:
-        allowed = sorted(COEFFICIENTS[kind])
-        raise ConfigurationError(f"bits={bits!r} has no SAWB coefficients for {kind} tensors; allowed are {allowed}.")
+    kind = check("unsigned", unsigned, UNSIGNED) or "signed"
+    bits = check("bits", bits, Choice(*sorted(COEFFICIENTS[kind])))  # others have no coefficients
     return COEFFICIENTS[kind][bits]
 
 

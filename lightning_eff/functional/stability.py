@@ -41,10 +41,12 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError, NonFiniteGradientError, nearest
+from lightning_eff.checks import Choice, Real, Whole, check
+from lightning_eff.errors import ConfigurationError, NonFiniteGradientError
 from lightning_eff.functional.pipelined_bp import spike_coefficients
 
 Mitigation = Literal["none", "nesterov", "sc", "lwp", "lwp_w", "lwp+sc", "lwp_w+sc", "shifted"]
+DELAY = Whole(0, 2**16, "the search takes memory for each")
 _BISECTIONS = 48
 _PER_DECADE = 100
 """Learning rates per decade in the search for the best one."""
@@ -127,13 +129,9 @@ def dynamics(delay: int, momentum: float, mitigation: Mitigation = "none") -> Dy
         >>> dynamics(2, 0.5, "sc")
         Dynamics(free=(1.0, -0.5, 0.0, 0.0), driven=(1.75, -0.75))
     """
-    if mitigation not in get_args(Mitigation):
-        hint = nearest(str(mitigation), get_args(Mitigation))
-        raise ConfigurationError(f"mitigation={mitigation!r} is not known; allowed are {get_args(Mitigation)}.{hint}")
-    if delay < 0:
-        raise ConfigurationError(f"delay={delay!r} is not allowed; it is 0 or more.")
-    if not 0 <= momentum < 1:
-        raise ConfigurationError(f"momentum={momentum!r} is not allowed; it is in 0 .. 1, below 1.")
+    mitigation = check("mitigation", mitigation, Choice(*get_args(Mitigation)))
+    delay = check("delay", delay, DELAY)
+    momentum = check("momentum", momentum, Real(0, 1, below=True))
     if mitigation == "shifted":
         return shifted_dynamics(delay, momentum)
     spike = 1 if mitigation == "nesterov" else delay if mitigation.endswith("sc") else 0
@@ -201,8 +199,7 @@ def max_stable_lr(curvature: float, delay: int, momentum: float, *, mitigation: 
         >>> round(max_stable_lr(2.0, 0, 0.9), 9), round(max_stable_lr(2.0, 1, 0.9), 9)
         (1.9, 0.05)
     """
-    if not (curvature > 0 and math.isfinite(curvature)):
-        raise ConfigurationError(f"curvature={curvature!r} is not allowed; it is finite and above 0.")
+    curvature = check("curvature", curvature, Real(0, above=True))
     return _first_crossing(dynamics(delay, momentum, mitigation)) / curvature
 
 
@@ -293,8 +290,7 @@ def best_half_life(condition_number: float, delay: int, method: Mitigation = "no
         >>> [round(best_half_life(100, 1, method).half_life) for method in ("none", "sc", "lwp+sc")]
         [70, 26, 14]
     """
-    if not (condition_number >= 1 and math.isfinite(condition_number)):
-        raise ConfigurationError(f"condition_number={condition_number!r} is not allowed; it is finite, 1 or more.")
+    condition_number = check("condition_number", condition_number, Real(1))
     # Momenta are tried by the logarithm of 1 - m; at the optimum without delay it is -1.2 decades for kappa = 1000.
     decades, width = torch.linspace(0, 4, 25, dtype=torch.float32, device="cpu").tolist(), 4 / 24
     best = Optimum(math.inf, 0.0, 0.0)
@@ -353,10 +349,8 @@ def top_curvature(
         >>> round(top_curvature(lambda w: curvatures * w, torch.ones(3, dtype=torch.float64)), 2)
         5.0
     """
-    if iterations < 1 or not tolerance >= 0:
-        raise ConfigurationError(
-            f"iterations={iterations!r}, tolerance={tolerance!r} is not allowed; they are at least 1 and 0."
-        )
+    iterations = check("iterations", iterations, Whole(1))
+    tolerance = check("tolerance", tolerance, Real(0))
     weights = weights.detach()
     length = torch.finfo(weights.dtype).eps ** (1 / 3) * (float(weights.norm()) or 1.0)
 

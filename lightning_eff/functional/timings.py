@@ -134,7 +134,7 @@ def read_timings(path: str | PathLike[str]) -> Timings:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no text, or no path
         raise ConfigurationError(f"The timings {str(path)!r} cannot be read: {error}.") from error
     # A line without its newline was not written to its end, however well its beginning reads.
     lines = text.split("\n")[:-1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_eff.checks import shown
 from lightning_eff.errors import UnknownMethodError, UnsupportedCombinationError, nearest
 from lightning_eff.methods import METHODS, MethodInfo
 
@@ -67,7 +68,7 @@ def precision_method(name: str) -> MethodInfo:
     if info is None or info.kind != "precision":
         names = [row.name for row in METHODS.values() if row.kind == "precision"]
         raise UnknownMethodError(
-            f"{name!r} is not a precision method.{nearest(str(name), names)} Known: {', '.join(names)}."
+            f"{shown(name)} is not a precision method.{nearest(name, names)} Known: {', '.join(names)}."
         )
     return info
 
@@ -95,7 +96,7 @@ def parse_precision(value: object) -> Request | None:
         return Request(info, None)
     if rest not in LIGHTNING_PRECISIONS and rest not in info.composes_with:
         raise UnknownMethodError(
-            f"Precision {value!r}: {rest!r} after '+' is not a precision of Lightning."
+            f"Precision {shown(value)}: {shown(rest)} after '+' is not a precision of Lightning."
             f"{nearest(value.lower(), info.strings)} Allowed: {', '.join(info.strings)}."
         )
     base = _ALIASES.get(rest, rest)

@@ -8,14 +8,16 @@ plugin's ``precision`` stays Lightning's own string, because loggers, summaries 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+from lightning_eff.checks import shown
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
 from lightning_eff.integration.names import check_base, precision_method
 from lightning_eff.integration.namespaces import make_class
 from lightning_eff.methods import METHODS, MethodInfo
 
-__all__ = ["check_strategy", "graft", "method_of", "strategy_family"]
+__all__ = ["check_options", "check_strategy", "graft", "method_of", "strategy_family"]
 
 _FAMILIES: tuple[tuple[str, str], ...] = (
     ("DeepSpeedStrategy", "deepspeed"),  # in the Trainer a subclass of DDPStrategy: specific names first
@@ -88,7 +90,7 @@ def graft(plugin: Any, method: str, **options: Any) -> Any:
     """
     info = precision_method(method)
     shell = info.load_shell()
-    _check_options(info, shell, options)
+    check_options(method, options)
     present = method_of(plugin)
     if present is not None:
         _check_same(plugin, present, info, options)
@@ -106,12 +108,26 @@ def graft(plugin: Any, method: str, **options: Any) -> Any:
     return plugin
 
 
-def _check_options(info: MethodInfo, shell: type[Any], options: dict[str, Any]) -> None:
+def check_options(method: str, options: Mapping[Any, Any]) -> None:
+    """Look at the options of a method before there is a plugin to graft it onto.
+
+    Raises:
+        ConfigurationError: the method has no such option, or an option is outside its range.
+    """
+    info = precision_method(method)
+    shell = info.load_shell()
+    _check_names(info, shell, options)
+    tried: Any = object.__new__(shell)
+    tried.eff_method = info.name
+    tried._eff_init(**options)
+
+
+def _check_names(info: MethodInfo, shell: type[Any], options: Mapping[Any, Any]) -> None:
     known = [name for name in inspect.signature(shell.__init__).parameters if name != "self"]
     for name in options:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ConfigurationError(
-                f"{info.name!r} has no option {name!r}.{nearest(name, known)} "
+                f"{info.name!r} has no option {shown(name)}.{nearest(name if isinstance(name, str) else '', known)} "
                 f"Its options: {', '.join(known) or 'none'}."
             )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from lightning_eff.methods.state import Record, read_state
 
 __all__ = ["MethodInfo"]
 
@@ -24,7 +26,7 @@ class MethodInfo:
         composes_with: Lightning precisions allowed after ``+`` (``"luq4+bf16-mixed"``); the first is the default.
         strategies: strategy families the method has been shown to work with.
         conflicts: what is refused, with the reason.
-        state_keys: keys the method adds to its part of a checkpoint.
+        state: what the method keeps in a checkpoint: keys, types and ranges.
         metrics: logged key -> meaning and unit.
     """
 
@@ -37,7 +39,7 @@ class MethodInfo:
     composes_with: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ()
     conflicts: Mapping[str, str] = field(default_factory=dict)
-    state_keys: tuple[str, ...] = ()
+    state: Record = field(default_factory=lambda: Record({}))
     metrics: Mapping[str, str] = field(default_factory=dict)
 
     def load_shell(self) -> type[Any]:
@@ -45,6 +47,29 @@ class MethodInfo:
         module, _, attribute = self.shell.partition(":")
         shell: type[Any] = getattr(importlib.import_module(module), attribute)
         return shell
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Keys the method adds to its part of a checkpoint."""
+        return tuple(self.state.keys)
+
+    def read_state(self, state: Any, *, known: Collection[str] = ()) -> dict[str, Any]:
+        """Return the method's part of a checkpoint as plain values; nothing is changed anywhere.
+
+        Args:
+            state: what the checkpoint has.
+            known: keys in it that belong to somebody else (a base class, a subclass).
+
+        Raises:
+            CheckpointError: a key is missing or holds what is not allowed.
+        """
+        return read_state(self.state, state, of=self.name, remove=self.remove_state, known=known)
+
+    @property
+    def remove_state(self) -> str:
+        """The statement that takes the method's state out of a loaded ``checkpoint``, for errors."""
+        place = f"['callbacks']['{self.class_name}']" if self.kind == "callback" else f"['{self.class_name}']"
+        return f"del checkpoint{place}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name: a plugin that is sent to another process finds the row there."""

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+from lightning_eff.checks import SEED, Maybe, Real, Text, Whole, YesNo
 from lightning_eff.methods.info import MethodInfo
+from lightning_eff.methods.state import LAYER_OF_PRUNING, LAYER_OF_STATISTICS, ListOf, Record, Table, TensorOf
+
+
+def _one_part_for_each_stage(found: dict[str, Any]) -> str:
+    starts, layers, parts = found["starts"], found["layers"], [part["stage"] for part in found["stages"]]
+    if starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= len(layers):
+        return f"stages that start at layers 0 to {len(layers) - 1}, the first at 0, each after the one before"
+    if sorted(parts) != list(range(len(starts))):
+        return f"one part of stages for each of the {len(starts)} starts"
+    return ""
+
+
+def _seeded(found: dict[str, Any]) -> str:
+    pruned = any(layer["calls"] for layers in found["ranks"] for layer in layers.values())
+    return "a seed, where layers have been pruned" if pruned and found["seed"] is None else ""
+
 
 ROWS = (
     MethodInfo(
@@ -20,7 +40,16 @@ ROWS = (
             "sync_batchnorm": "its forward pass waits for ranks that may have dropped the micro-batch",
             "manual_optimization": "it has to know where an optimizer step begins and ends",
         },
-        state_keys=("threshold_s", "steps", "computed", "dropped"),
+        state=Record(
+            {
+                "threshold_s": Real(0, math.inf),
+                "measured": Maybe(YesNo()),
+                "steps": Whole(),
+                "computed": Whole(),
+                "dropped": Whole(),
+            },
+            optional={"measured": None},  # the first versions did not write it
+        ),
         metrics={
             "eff/dropcompute/threshold_s": "compute threshold, seconds",
             "eff/dropcompute/drop_rate": "share of micro-batches dropped since the last record, all ranks",
@@ -43,7 +72,26 @@ ROWS = (
             "accumulate_grad_batches": "every micro-batch is an update",
             "16-mixed": "its loss scaler would have to agree over stages that are at different samples",
         },
-        state_keys=("samples", "seed", "in_flight", "layers", "starts", "stages"),
+        state=Record(
+            {
+                "samples": Whole(),
+                "seed": SEED,
+                "in_flight": Whole(1),
+                "layers": ListOf(Text(), 1),
+                "starts": ListOf(Whole(), 1),
+                "stages": ListOf(
+                    Record(
+                        {
+                            "stage": Whole(),
+                            "versions": Table(ListOf(TensorOf()), names=Text("a number", "[0-9]{1,15}")),
+                            "previous": Maybe(ListOf(TensorOf())),
+                        }
+                    ),
+                    1,
+                ),
+            },
+            also=_one_part_for_each_stage,
+        ),
         metrics={
             "eff/pipelined_bp/utilisation": "share of the time in which stages computed, mean over the stages",
             "eff/pipelined_bp/bubble_fraction": "the rest of it: waiting, sending, loading, hooks",
@@ -67,7 +115,7 @@ ROWS = (
             "fsdp": "not shown to work yet; use strategy='ddp'",
             "deepspeed": "not shown to work yet; use strategy='ddp'",
         },
-        state_keys=("seed", "ranks"),
+        state=Record({"seed": Maybe(SEED), "ranks": ListOf(Table(LAYER_OF_PRUNING), 1)}, also=_seeded),
         metrics={
             "eff/gradient_pruning/sparsity": "share of zeros in the pruned gradients, over all layers",
             "eff/gradient_pruning/sigma_log2": "deviation of log2|g| at the last fit, octaves, mean of layers",
@@ -88,7 +136,7 @@ ROWS = (
             "fsdp": "not shown to work yet; use strategy='ddp'",
             "deepspeed": "not shown to work yet; use strategy='ddp'",
         },
-        state_keys=("layers",),
+        state=Record({"layers": Table(LAYER_OF_STATISTICS)}),
         metrics={
             "eff/gradient_statistics/sigma_log2": "deviation of log2|g|, octaves, mean over layers",
             "eff/gradient_statistics/zeros": "share of gradient elements that are zero, mean over layers",

@@ -5,6 +5,18 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from lightning_eff.methods.info import MethodInfo
+from lightning_eff.methods.state import (
+    AUTOFLEX,
+    DELAYED,
+    HINDSIGHT,
+    UPDATES,
+    Record,
+    Table,
+    TensorOf,
+    fitted_format,
+    memory,
+    phase_and,
+)
 
 _QUANTIZED_CONFLICTS = MappingProxyType(
     {
@@ -64,7 +76,7 @@ ROWS = (
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
-        state_keys=("seed", "calls", "phase", "memory"),
+        state=phase_and(stream=True, memory=memory(HINDSIGHT)),
         metrics={
             "eff/luq4/weight_sqnr_db": "signal to quantisation noise of the INT4 weights, dB, mean over layers",
             "eff/luq4/input_sqnr_db": "signal to quantisation noise of the INT4 inputs, dB, mean over layers",
@@ -82,7 +94,7 @@ ROWS = (
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
-        state_keys=("phase",),
+        state=phase_and(),
         metrics=_figures("fp8", "E4M3", top="E5M2"),
     ),
     MethodInfo(
@@ -95,7 +107,7 @@ ROWS = (
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
-        state_keys=("phase",),
+        state=phase_and(),
         metrics=_figures("fp8-rowwise", "E4M3", top="E4M3"),
     ),
     MethodInfo(
@@ -108,7 +120,7 @@ ROWS = (
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
-        state_keys=("phase", "memory"),
+        state=phase_and(memory=memory(DELAYED), optional={"memory": {}}),
         metrics=_figures("fp8-delayed", "E4M3", top="E5M2"),
     ),
     MethodInfo(
@@ -124,7 +136,7 @@ ROWS = (
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
-        state_keys=("seed", "calls", "phase", "memory"),
+        state=phase_and(stream=True, memory=memory(fitted_format(8))),
         metrics=_figures("fp8-fit", "E4M3", top="the format"),
     ),
     MethodInfo(
@@ -140,7 +152,7 @@ ROWS = (
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
-        state_keys=("seed", "calls", "phase", "memory"),
+        state=phase_and(stream=True, memory=memory(fitted_format(6))),
         metrics=_figures("fp6-fit", "E2M3", top="the format"),
     ),
     MethodInfo(
@@ -161,7 +173,11 @@ ROWS = (
             "fsdp2": "it rounds whole weights after each step, and ranks hold shards; use strategy='ddp'",
             "deepspeed": "it rounds whole weights after each step, and ZeRO keeps its own; use strategy='ddp'",
         },
-        state_keys=("seed", "calls", "phase", "memory", "weights"),
+        state=phase_and(
+            stream=True,
+            memory=memory(AUTOFLEX),
+            weights=Record({"memory": Table(AUTOFLEX), "scales": Table(AUTOFLEX.keys["scale"])}),
+        ),
         metrics={
             **_figures("flexpoint16", "int16", top="the range"),
             "eff/flexpoint16/overflows": "writes so far that did not fit their exponent, mean over layers",
@@ -180,7 +196,7 @@ ROWS = (
         composes_with=("32-true",),
         strategies=_SHARDED,
         conflicts=_FLOAT32_CONFLICTS,
-        state_keys=("phase",),
+        state=phase_and(),
         metrics=_figures("dfp16", "int16", top="the range"),
     ),
     MethodInfo(
@@ -195,7 +211,7 @@ ROWS = (
         composes_with=("32-true",),
         strategies=_SHARDED,
         conflicts=_FLOAT32_CONFLICTS,
-        state_keys=("phase",),
+        state=phase_and(),
         metrics=_figures("bf16-emulated", "bfloat16"),
     ),
     MethodInfo(
@@ -208,7 +224,7 @@ ROWS = (
         composes_with=("bf16-true",),
         strategies=("single_device", "ddp"),
         conflicts=_BF16_CONFLICTS,
-        state_keys=("bf16", "seed", "steps", "streams", "update"),
+        state=Record({"bf16": UPDATES}),
     ),
     MethodInfo(
         name="bf16-kahan",
@@ -220,7 +236,7 @@ ROWS = (
         composes_with=("bf16-true",),
         strategies=("single_device", "ddp"),
         conflicts=_BF16_CONFLICTS,
-        state_keys=("compensation", "bf16", "update"),
+        state=Record({"compensation": TensorOf("bfloat16"), "bf16": UPDATES}),
     ),
     MethodInfo(
         name="bf16-split",
@@ -235,6 +251,6 @@ ROWS = (
         composes_with=("bf16-true",),
         strategies=("single_device", "ddp"),
         conflicts=_BF16_CONFLICTS,
-        state_keys=("lo", "bf16", "update"),
+        state=Record({"lo": TensorOf("int16"), "bf16": UPDATES}),
     ),
 )

@@ -30,18 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
+from lightning_eff.checks import Choice, check
+from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
 from lightning_eff.kernels.bf16 import SGDRule, join_fp32, sgd_step, write_kahan, write_split, write_stochastic
+from lightning_eff.optim.checkpoint import KEPT, SCALARS, read_updates
 from lightning_eff.optim.noise import MASK64, Streams, noise_seed
 from lightning_eff.optim.shadows import Room, empty_shadow, widened
 from lightning_eff.optim.states import widen_states
 
 Update = Literal["sr", "kahan", "split"]
 UPDATES: tuple[str, ...] = get_args(Update)
-_KEPT: dict[str, tuple[str, torch.dtype]] = {"kahan": ("compensation", torch.bfloat16), "split": ("lo", torch.int16)}
-"""update -> key in the optimizer's state of a parameter, and the dtype of what is kept there."""
-_SCALARS = "bf16"
-"""Key of the optimizer's ``state_dict`` with the update, the seed, the number of steps and the streams."""
 _PART = 1 << 20
 """Elements that one call of a torch optimizer updates, unless a single parameter is larger."""
 
@@ -89,8 +87,7 @@ def bf16_updates(
         >>> weight.item()
         1.5
     """
-    if update not in UPDATES:
-        raise ConfigurationError(f"update={update!r} is not known.{nearest(str(update), UPDATES)} Allowed: {UPDATES}.")
+    update = check("update", update, Choice(*UPDATES))
     if isinstance(optimizer, ShadowedOptimizer):
         if optimizer.update != update:
             raise ConfigurationError(f"The optimizer already has update={optimizer.update!r}; {update!r} was given.")
@@ -238,8 +235,8 @@ class ShadowedOptimizer(Optimizer):
         if rule.momentum and buffer is None:
             buffer = torch.empty(p.shape, dtype=torch.float32, device=p.device)
         done = sgd_step(rule, p, kept, p.grad, buffer, update=update, first=first, seed=seed)
-        if update in _KEPT:
-            self.state[p][_KEPT[update][0]] = kept
+        if update in KEPT:
+            self.state[p][KEPT[update][0]] = kept
         if done and buffer is not None:
             self.state[p]["momentum_buffer"] = buffer
         return done
@@ -290,8 +287,8 @@ class ShadowedOptimizer(Optimizer):
                     shadow = shadows.pop(p)
                     if done:
                         self._write(p, shadow, kept[p], part[p])
-                    if self.update in _KEPT:
-                        self.state[p][_KEPT[self.update][0]] = kept[p]
+                    if self.update in KEPT:
+                        self.state[p][KEPT[self.update][0]] = kept[p]
 
     @contextlib.contextmanager
     def _exchanged(self, places: Mapping[Tensor, Tensor]) -> Iterator[None]:
@@ -314,9 +311,9 @@ class ShadowedOptimizer(Optimizer):
 
     def _take_kept(self, p: Tensor) -> Tensor:
         """What the update keeps for ``p``, taken out of the optimizer's state: optimizers start where that is empty."""
-        if self.update not in _KEPT:
+        if self.update not in KEPT:
             return p
-        key, dtype = _KEPT[self.update]
+        key, dtype = KEPT[self.update]
         kept = self.state[p].pop(key, None) if p in self.state else None
         if kept is None:
             return torch.zeros(p.shape, dtype=dtype, device=p.device)
@@ -339,29 +336,32 @@ class ShadowedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, with what is kept for each parameter, the update, the seed, the steps and streams."""
         streams = {"streams": self._streams.of(self._every())} if self.update == "sr" else {}
-        return {**super().state_dict(), _SCALARS: self._bf16 | streams}
+        return {**super().state_dict(), SCALARS: self._bf16 | streams}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly; a state of a plain optimizer, or of another update, is taken as far as it goes.
 
         torch casts states to the dtype of their parameter: for bfloat16 ones, to that of the shadow.
+
+        Raises:
+            CheckpointError: what this module has added to the state is damaged; nothing is changed.
         """
         every = self._every()
+        numbers = read_updates(state_dict, every, self.update)
         halves = [p for p in every if p.dtype is torch.bfloat16]
         stand_ins = {p: nn.Parameter(torch.empty(0, device=p.device, dtype=torch.float32)) for p in halves}
         with self._exchanged({p: stand_ins.get(p, p) for p in every}):
             super().load_state_dict(state_dict)
         for p in halves:
-            for update, (key, dtype) in _KEPT.items():
+            for update, (key, dtype) in KEPT.items():
                 if p in self.state and key in self.state[p]:
                     kept = self.state[p].pop(key)
                     if update == self.update:
                         self.state[p][key] = kept.to(dtype)  # through float32, which holds either dtype exactly
-        saved = state_dict.get(_SCALARS)
-        if saved is not None:
-            self._bf16.update(seed=saved["seed"], steps=saved["steps"])
-            if self.update == saved["update"] == "sr":
-                self._streams.load(every, saved.get("streams"))
+        if numbers is not None:
+            self._bf16.update(seed=numbers["seed"], steps=numbers["steps"])
+            if self.update == numbers["update"] == "sr":
+                self._streams.load(every, numbers["streams"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_bf16": dict(self._bf16), "_streams": self._streams}

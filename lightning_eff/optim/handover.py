@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_eff.optim.bf16 import _KEPT, ShadowedOptimizer
+from lightning_eff.optim.bf16 import ShadowedOptimizer
+from lightning_eff.optim.checkpoint import KEPT
 
 Left = tuple[list[Any], dict[int, tuple[Tensor, dict[str, Tensor]]]]
 """Each optimizer's scalars, and for each parameter (by its id) what was kept for it."""
@@ -31,7 +32,7 @@ def left_by(optimizers: Sequence[Optimizer], unchanged: Mapping[int, int]) -> Le
         for p in _parameters([optimizer]):
             state = optimizer.state.get(p, {})
             if unchanged.get(id(p)) == p._version:
-                kept[id(p)] = p, {key: state[key] for key, _ in _KEPT.values() if key in state}
+                kept[id(p)] = p, {key: state[key] for key, _ in KEPT.values() if key in state}
     return [dict(optimizer._bf16) for optimizer in ours], kept
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError
-
 MASK64 = (1 << 64) - 1
 
 
@@ -50,16 +48,7 @@ class Streams(dict[Tensor, int]):
         return [self[p] for p in every]
 
     def load(self, every: Sequence[Tensor], saved: Sequence[int] | None) -> None:
-        """Go on with the numbers :meth:`of` gave; states that were saved without identified parameters by their place.
-
-        Raises:
-            ConfigurationError: there are more or fewer of them than parameters.
-        """
+        """Go on with the numbers :meth:`of` gave; states saved without identified parameters by their place."""
         numbers = range(len(every)) if saved is None else saved
-        if len(numbers) != len(every):
-            raise ConfigurationError(
-                f"The optimizer's state holds {len(numbers)} streams of random numbers for {len(every)} parameters: it "
-                "is damaged, or that of another model. Load the checkpoint of this one."
-            )
         self.clear()
         self.update(zip(every, numbers, strict=True))

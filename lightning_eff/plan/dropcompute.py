@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Generator
 
+from lightning_eff.checks import Whole, check
 from lightning_eff.errors import ConfigurationError, MissingDependencyError
 from lightning_eff.functional.delays import parse_delay
 from lightning_eff.functional.dropcompute import check_min_micro_batches, completed, compute_times
@@ -32,6 +33,8 @@ from lightning_eff.plan.timings import BootstrapSource, DelaySource, FittedSourc
 
 WINDOW_STEPS = 44
 """Steps the threshold is chosen from, as in the published code (steps 6 to 49)."""
+MOST_CELLS = 1 << 27
+"""Times of a window, which is looked at as a whole."""
 _CELLS = 1 << 21  # micro-batches simulated at a time: 16 MiB a table
 
 
@@ -141,8 +144,17 @@ def plan_row(
     Raises:
         ConfigurationError: an argument is not allowed.
     """
-    _check_positive(workers=workers, steps=steps, window_steps=window_steps, repetitions=repetitions)
-    check_min_micro_batches(min_micro_batches, source.micro_batches)
+    workers, steps = check("workers", workers, Whole(1)), check("steps", steps, Whole(1))
+    window_steps = check("window_steps", window_steps, Whole(1))
+    repetitions = check("repetitions", repetitions, Whole(1, 10_000))
+    seed = check("seed", seed, Whole(0, 2**62))
+    cells = window_steps * workers * source.micro_batches
+    if cells > MOST_CELLS:
+        raise ConfigurationError(
+            f"window_steps={window_steps} x workers={workers} x {source.micro_batches} micro-batches is a table of "
+            f"{cells:,} times, more than {MOST_CELLS:,} (1 GiB). Plan for fewer workers, or with a shorter window."
+        )
+    min_micro_batches = check_min_micro_batches(min_micro_batches, source.micro_batches)
     runs = []
     for repetition in range(repetitions):
         generator = torch.Generator().manual_seed(seed + repetition)
@@ -158,12 +170,6 @@ def plan_row(
         )
         runs.append(_repetition(workers, tau, ideal_tau, ideal_speedup(*window, ideal_tau), measured))
     return _mean_row(runs)
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigurationError(f"{name}={value!r} is not allowed; it is 1 or more.")
 
 
 def _repetition(workers: int, tau: float, ideal_tau: float, promised: float, measured: Sequence[Simulated]) -> Row:

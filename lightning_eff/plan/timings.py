@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.checks import Real, Whole, check
 from lightning_eff.functional.delays import Delay
 from lightning_eff.functional.dropcompute import Timings
 from lightning_eff.functional.timings import read_timings, write_timings
@@ -121,17 +121,11 @@ class DelaySource:
     """
 
     def __init__(self, delay: Delay, micro_batches: int, *, base_s: float = 1.0, other_s: float = 0.0) -> None:
-        if micro_batches < 1:
-            raise ConfigurationError(f"micro_batches={micro_batches!r} is not allowed; it is 1 or more.")
-        if not 0 < base_s < math.inf:
-            raise ConfigurationError(f"base_s={base_s!r} is not allowed; it is above 0.")
-        if not 0 <= other_s < math.inf:
-            raise ConfigurationError(f"other_s={other_s!r} is not allowed; it is 0 or more.")
         self.delay = delay
-        self.micro_batches = micro_batches
+        self.micro_batches: int = check("micro_batches", micro_batches, Whole(1))
         self.worker_steps = math.inf
-        self.base_s = base_s
-        self.other_s = other_s
+        self.base_s: float = check("base_s", base_s, Real(0, above=True))
+        self.other_s: float = check("other_s", other_s, Real(0))
 
     def draw(self, steps: int, workers: int, generator: Generator) -> Timings:
         """See :class:`Source`; consecutive steps from a random one on."""

@@ -23,7 +23,7 @@ from lightning_eff.integration.runs import Run
 from lightning_eff.methods import MethodInfo
 from lightning_eff.precision.config import LayerConfig
 from lightning_eff.precision.convert import Change, Conversion, convert
-from lightning_eff.precision.memory import Memory, advance, learned
+from lightning_eff.precision.memory import Memory, advance, keys_of_variants, learned, warn_of_other_layers
 from lightning_eff.precision.report import console, conversion_table, readable_bytes
 from lightning_eff.precision.run import StepsMixin
 from lightning_eff.precision.sharded import (
@@ -347,14 +347,24 @@ class QuantizedPrecisionMixin(StepsMixin):
         return {**self._loaded, **now}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the rounding stream, the phase and what the layers remember."""
-        state_dict = dict(state_dict)
-        own = {key: state_dict.pop(key) for key in self.info.state_keys if key in state_dict}
+        """Continue the rounding stream, the phase and what the layers remember.
+
+        Raises:
+            CheckpointError: the state is damaged, or lacks what an exact resume needs; nothing is changed.
+        """
+        own = self.info.read_state(state_dict, known={*self.state_dict(), *keys_of_variants(self.info)})
+        remembering = {name for name, state in self.states().items() if state.memories}
+        warn_of_other_layers(self.info.name, own.get("memory", {}), remembering)
+        self._take(own)
+        others = {key: value for key, value in state_dict.items() if key not in keys_of_variants(self.info)}
+        super().load_state_dict(others)  # type: ignore[misc]
+
+    def _take(self, own: dict[str, Any]) -> None:
+        """Go on from a state that has been looked at."""
         self.weights_only = own["phase"] == "weights_only"
         self.seeds.seed, self.seeds.calls = own.get("seed"), own.get("calls", 0)
         self._loaded = own.get("memory", {})
         self._restart()
-        super().load_state_dict(state_dict)  # type: ignore[misc]
 
     def _apply_state(self) -> None:
         for name, state in self.states().items():

@@ -19,6 +19,7 @@ import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_eff.checks import Choice, check
 from lightning_eff.errors import NoEffectWarning, UnsupportedCombinationError
 from lightning_eff.integration.precision import check_strategy
 from lightning_eff.integration.runs import Run
@@ -58,6 +59,7 @@ class BF16Mixin(RunMixin):
     eff_method: str
 
     def __init__(self, *, update: Update = "split") -> None:
+        check("update", update, Choice(*VARIANTS))  # a graft may leave it out
         super().__init__()
         self._eff_init(update=update)
 

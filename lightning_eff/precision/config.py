@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
-from lightning_eff.errors import ConfigurationError, nearest
-from lightning_eff.functional.float_format import Rounding
-from lightning_eff.functional.luq import GRADIENT_ROUNDINGS
+from lightning_eff.checks import ON_NONFINITE, Choice, Maybe, Names, Rule, Whole, YesNo, check, checked
+from lightning_eff.errors import ConfigurationError
+from lightning_eff.functional.flexpoint import ALPHA, BETA, GAMMA, LENGTH
+from lightning_eff.functional.float_format import ROUNDING, Rounding
+from lightning_eff.functional.fp8 import HISTORY, MARGIN
+from lightning_eff.functional.luq import LEVELS, MOMENTUM, SAMPLES
+from lightning_eff.functional.luq import ROUNDING as GRADIENT_ROUNDING
 from lightning_eff.functional.luq import Rounding as GradientRounding
-from lightning_eff.functional.sawb import Unsigned
+from lightning_eff.functional.sawb import UNSIGNED, Unsigned
 from lightning_eff.kernels.fp8 import ALIGNMENT
 from lightning_eff.methods import METHODS
 from lightning_eff.precision.bf16_format import BF16Format
@@ -28,33 +32,6 @@ Scaling = Literal["tensorwise", "rowwise", "delayed"]
 SLOW_FEATURES, SLOW_CHANNELS = 64, 16
 """Linear layers (``python -m benchmarks.layers``) and convolutions up to this size are not clearly faster on a CPU."""
 MasterWeights = Literal["float32", "flex16"]
-
-
-def check_choice(name: str, given: Any, allowed: Sequence[Any]) -> None:
-    """Raise :class:`ConfigurationError` unless ``given`` is one of ``allowed``."""
-    if given not in allowed or isinstance(given, bool) != any(
-        given is value for value in allowed if isinstance(value, bool)
-    ):
-        hint = nearest(str(given), [value for value in allowed if isinstance(value, str)])
-        raise ConfigurationError(
-            f"{name}={given!r} is not allowed; choose one of {', '.join(map(repr, allowed))}.{hint}"
-        )
-
-
-def check_int(name: str, given: Any, low: int, high: int | None = None) -> None:
-    """Raise :class:`ConfigurationError` unless ``given`` is an int (no bool) from ``low`` to ``high``."""
-    in_range = (
-        isinstance(given, int) and not isinstance(given, bool) and low <= given and (high is None or given <= high)
-    )
-    if not in_range:
-        allowed = f"an integer from {low} to {high}" if high is not None else f"an integer of at least {low}"
-        raise ConfigurationError(f"{name}={given!r} is not allowed; it must be {allowed}.")
-
-
-def check_bool(name: str, given: Any) -> None:
-    """Raise :class:`ConfigurationError` unless ``given`` is True or False."""
-    if not isinstance(given, bool):
-        raise ConfigurationError(f"{name}={given!r} is not allowed; it must be True or False.")
 
 
 def options_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,8 +53,7 @@ def variant_of(plugin: Any, option: str, given: Any, variants: Mapping[Any, str]
     """
     asked = plugin.__dict__.get("eff_method")
     named = next((value for value, name in variants.items() if name == asked), next(iter(variants)))
-    value = named if given is None else given
-    check_choice(option, value, tuple(variants))
+    value = named if given is None else check(option, given, Choice(*variants))
     if asked is not None and variants[value] != asked:
         raise ConfigurationError(
             f"{asked!r} was asked for with {option}={given!r}. Ask for {variants[value]!r}, or leave it out."
@@ -102,18 +78,19 @@ class LayerConfig:
     measure_every_n_steps: int = 1000
     on_nonfinite: OnNonFinite = "raise"
 
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "exempt": Names(),
+        "exempt_first_last": YesNo(),
+        "pack_relu": YesNo(),
+        "products": Choice(*get_args(Products)),
+        "measure_every_n_steps": Whole(),
+        "on_nonfinite": ON_NONFINITE,
+    }
+    """What each option may be."""
+
     def __post_init__(self) -> None:
-        check_int("measure_every_n_steps", self.measure_every_n_steps, 0)
-        check_choice("products", self.products, get_args(Products))
-        check_choice("on_nonfinite", self.on_nonfinite, get_args(OnNonFinite))
-        check_bool("pack_relu", self.pack_relu)
-        check_bool("exempt_first_last", self.exempt_first_last)
-        names = self.exempt if isinstance(self.exempt, Iterable) and not isinstance(self.exempt, str) else (None,)
-        if not all(isinstance(pattern, str) for pattern in names):
-            raise ConfigurationError(
-                f"exempt={self.exempt!r} is not allowed; it is a list of name patterns, ['*.head']."
-            )
-        object.__setattr__(self, "exempt", tuple(self.exempt))
+        for name, value in checked(self.RULES, self.__dict__).items():
+            object.__setattr__(self, name, value)
 
     def format(self) -> Format:
         """The format these options ask for."""
@@ -139,19 +116,18 @@ class LUQConfig(LayerConfig):
     power_of_two: bool = False
     gradient_rounding: GradientRounding = "luq"
 
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        **LayerConfig.RULES,
+        "levels": LEVELS,
+        "samples": SAMPLES,
+        "unsigned": UNSIGNED,
+        "hindsight": Maybe(MOMENTUM),
+        "power_of_two": YesNo(),
+        "gradient_rounding": GRADIENT_ROUNDING,
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("levels", self.levels, 2, 8)
-        check_int("samples", self.samples, 1)
-        check_choice("unsigned", self.unsigned, (False, "mirror5", "reference"))
-        check_choice("gradient_rounding", self.gradient_rounding, GRADIENT_ROUNDINGS)
-        check_bool("power_of_two", self.power_of_two)
-        momentum = self.hindsight
-        is_number = isinstance(momentum, (int, float)) and not isinstance(momentum, bool)
-        if momentum is not None and not (is_number and 0 <= momentum < 1):
-            raise ConfigurationError(
-                f"hindsight={momentum!r} is not allowed; it is a momentum, 0 <= hindsight < 1, or None."
-            )
         if self.products == "native" and self.levels > 7:
             raise ConfigurationError("levels=8 has the code 128, beyond int8: use products='auto' or levels=7.")
 
@@ -174,14 +150,14 @@ class FP8Config(LayerConfig):
     margin: int = 0
     filter_slow: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bool("filter_slow", self.filter_slow)
-        check_choice("scaling", self.scaling, get_args(Scaling))
-        check_int("history", self.history, 1)
-        check_int("margin", self.margin, -8, 8)
-        if self.power_of_two is not None:
-            check_bool("power_of_two", self.power_of_two)
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        **LayerConfig.RULES,
+        "scaling": Choice(*get_args(Scaling)),
+        "power_of_two": Maybe(YesNo()),
+        "history": HISTORY,
+        "margin": MARGIN,
+        "filter_slow": YesNo(),
+    }
 
     @property
     def whole_octaves(self) -> bool:
@@ -248,13 +224,16 @@ class FlexpointConfig(IntegerConfig):
     weights: MasterWeights = "float32"
     weight_rounding: Rounding = "nearest"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_int("length", self.length, 1)
-        check_bool("store_results", self.store_results)
-        check_choice("weights", self.weights, get_args(MasterWeights))
-        check_choice("weight_rounding", self.weight_rounding, ("nearest", "stochastic"))
-        self.autoflex()
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        **IntegerConfig.RULES,
+        "alpha": ALPHA,
+        "beta": BETA,
+        "gamma": GAMMA,
+        "length": LENGTH,
+        "store_results": YesNo(),
+        "weights": Choice(*get_args(MasterWeights)),
+        "weight_rounding": ROUNDING,
+    }
 
     def autoflex(self) -> AgreedAutoflex:
         """The exponent management of a new tensor."""
@@ -278,12 +257,13 @@ class FittedConfig(LayerConfig):
     scale: FittedScale = "max"
     gradient_rounding: Rounding = "nearest"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("bits", self.bits, (8, 6))
-        check_int("refit_every_n_steps", self.refit_every_n_steps, 1)
-        check_choice("scale", self.scale, get_args(FittedScale))
-        check_choice("gradient_rounding", self.gradient_rounding, ("nearest", "stochastic"))
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        **LayerConfig.RULES,
+        "bits": Choice(8, 6),
+        "refit_every_n_steps": Whole(1),
+        "scale": Choice(*get_args(FittedScale)),
+        "gradient_rounding": ROUNDING,
+    }
 
     def format(self) -> Format:
         """A float format for each layer's gradient."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from rich.table import Table
 
+from lightning_eff.checks import Choice, check
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.precision.base import QuantizedPrecisionMixin
 from lightning_eff.precision.config import FittedConfig, OnNonFinite, options_from, variant_of
@@ -68,6 +69,7 @@ class FittedMixin(QuantizedPrecisionMixin):
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         options = options_from(locals())
+        check("bits", bits, Choice(*VARIANTS))  # a graft may leave it out
         super().__init__()
         self._eff_init(**options)
 

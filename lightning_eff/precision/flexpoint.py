@@ -39,7 +39,7 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         alpha: headroom of the prediction, a factor; the published code has 1 (one bit less, more overflows).
         beta: weight of the standard deviation of the last maxima.
         gamma: added to the prediction, in units of the last place.
-        length: optimizer steps looked back on.
+        length: optimizer steps looked back on, 1 to 1,024.
         store_results: store results of products as int16 values too; False keeps them in float32, two passes less.
         weights: ``"float32"`` keeps master weights and optimizer state in float32. ``"flex16"``: as in the paper there
             are none; weights and optimizer state are written in 16 bits after every step (emulated: their memory stays
@@ -157,14 +157,12 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         memory = {name: memory.estimate.state_dict() for name, memory in self._weights.items()}
         return {**super().state_dict(), "weights": {"memory": memory, "scales": dict(self._scales)}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See the class."""
-        own = state_dict["weights"]
-        self._scales, self._weights = dict(own["scales"]), {}
-        for name, values in own["memory"].items():
+    def _take(self, own: dict[str, Any]) -> None:
+        self._scales, self._weights = own["weights"]["scales"], {}
+        for name, values in own["weights"]["memory"].items():
             self._weights[name] = Memory(self.config.autoflex())
             self._weights[name].estimate.load_state_dict(values)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "weights"})
+        super()._take(own)
 
     def _apply_state(self) -> None:
         super()._apply_state()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from lightning_eff.checks import Choice, check
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.precision.base import QuantizedPrecisionMixin
 from lightning_eff.precision.config import FP8Config, OnNonFinite, Products, Scaling, options_from, variant_of
@@ -32,8 +33,8 @@ class FP8Mixin(QuantizedPrecisionMixin):
             scale for each row that a product sums over, everything E4M3; convolutions tensorwise. ``"delayed"``: one
             scale for a tensor, from the largest magnitudes of the steps before, one pass less.
         power_of_two: round scales down to powers of two, so that scaling itself rounds nothing. Default: for rowwise.
-        history: steps delayed scaling looks back on.
-        margin: octaves of headroom of delayed scaling.
+        history: steps delayed scaling looks back on, 1 to 16,384.
+        margin: octaves of headroom of delayed scaling, -8 to 8.
         products: ``"auto"`` (FP8 units where measured faster), ``"native"`` FP8 or ``"emulated"``.
         exempt: name patterns (``"*.head"``) of layers to leave in high precision.
         exempt_first_last: leave the first and the last layer in high precision (an embedding counts as the first).
@@ -69,6 +70,7 @@ class FP8Mixin(QuantizedPrecisionMixin):
         on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         options = options_from(locals())
+        check("scaling", scaling, Choice(*VARIANTS))  # a graft may leave it out
         super().__init__()
         self._eff_init(**options)
 

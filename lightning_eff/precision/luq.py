@@ -26,7 +26,7 @@ class LUQMixin(QuantizedPrecisionMixin):
 
     Args:
         levels: magnitudes of the gradient format; 7 is what four bits hold, 8 is the published code (never native).
-        samples: N of SMP-N, independent gradient samples averaged in the weight gradient; 2 in the paper.
+        samples: N of SMP-N, 1 to 64, independent gradient samples averaged in the weight gradient; 2 in the paper.
         unsigned: codes 0..15 for inputs without negative elements (after ReLU): ``"mirror5"``, ``"reference"`` or
             ``False``.
         hindsight: momentum of the in-hindsight maximum, 0 <= hindsight < 1; ``None`` measures the maximum each time.

@@ -9,12 +9,16 @@ nothing, replicas stay equal, and a checkpoint between two steps holds all there
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_eff.errors import EffWarning
+from lightning_eff.methods import METHODS, MethodInfo
 
 
 class Estimate(Protocol):
@@ -28,6 +32,31 @@ class Estimate(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
+
+
+def keys_of_variants(info: MethodInfo) -> set[str]:
+    """The state keys of the methods that share a class: a run may go on with another variant."""
+    return {key for row in METHODS.values() if row.class_name == info.class_name for key in row.state_keys}
+
+
+def warn_of_other_layers(method: str, memory: Mapping[str, Any], remembering: Collection[str]) -> None:
+    """Warn of a checkpoint that does not remember the same layers as this run: their estimates begin anew.
+
+    Args:
+        method: whose checkpoint it is.
+        memory: what it remembers, by layer.
+        remembering: the layers of this run that do; none if the model is not converted yet, or does without.
+    """
+    forgotten = sorted(set(remembering) - set(memory))
+    gone = sorted(set(memory) - set(remembering))
+    if forgotten:
+        other = f" It remembers others, which are left out: {', '.join(gone[:8])}." if gone else ""
+        warnings.warn(
+            f"{method}: the checkpoint remembers nothing of {len(forgotten)} layers: {', '.join(forgotten[:8])}.{other}"
+            " Their predictions begin anew, and the resume is not exact. Were layers renamed, or options changed?",
+            EffWarning,
+            stacklevel=3,
+        )
 
 
 class Memory:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_eff.errors import ConfigurationError, EffWarning, NoEffectWarning, NonFiniteGradientError
+from lightning_eff.checks import checked
+from lightning_eff.errors import EffWarning, NoEffectWarning, NonFiniteGradientError
 from lightning_eff.functional.delays import Delay, parse_delay
 from lightning_eff.functional.dropcompute import Normalize, gradient_factor
 from lightning_eff.functional.dropcompute_model import best_threshold
@@ -32,10 +33,9 @@ from lightning_eff.strategies import dropcompute_refusals as refusals
 from lightning_eff.strategies.compensation import Compensation
 from lightning_eff.strategies.guard import CollectiveGuard, StepGuard
 from lightning_eff.strategies.meetings import Meetings
+from lightning_eff.strategies.options import DROPCOMPUTE, UNSETTLED_STEPS
 from lightning_eff.strategies.window import Clock, HeldClock, Measured, Tally, Window
 
-UNSETTLED_STEPS = 5
-"""Steps at the beginning of a run whose times say nothing about later ones."""
 KEY = "DropComputeStrategy"
 
 
@@ -50,7 +50,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
     Args:
         threshold: seconds; ``inf`` never drops; ``"auto"`` measures ``warmup_steps`` steps without dropping, then takes
             the threshold with the most computed samples per second in the measured times.
-        warmup_steps: steps ``"auto"`` measures; the first few are not counted.
+        warmup_steps: steps ``"auto"`` measures, 6 to 10,000; the first few are not counted.
         max_drop_rate: what ``"auto"`` may drop at most, as a share of the measured micro-batches. The paper saw no loss
             in accuracy up to about 0.1.
         normalize: ``"computed"`` divides by the micro-batches that were computed, ``"maximum"`` by all of them, so that
@@ -66,8 +66,8 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
         on_nonfinite: ``"raise"`` on every rank before a NaN or Inf gradient reaches a parameter, or ``"warn"``. With
             fp16's loss scaler, which skips such steps, nothing is checked.
         process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
-        timeout_s: seconds after which a collective that a rank does not join fails on the others, and names it (gloo);
-            also how long ranks wait for each other at the start.
+        timeout_s: seconds, 0.001 to 1e9, after which a collective that a rank does not join fails on the others, and
+            names it (gloo); also how long ranks wait for each other at the start.
 
     Raises:
         ConfigurationError: an option is outside its range.
@@ -99,26 +99,20 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
         process_group_backend: str | None = None,
         timeout_s: float = 1800.0,
     ) -> None:
-        _check(timeout_s > 0, "timeout_s", timeout_s, "above 0")
-        wait = timedelta(seconds=timeout_s)
+        options = checked(DROPCOMPUTE, locals())
+        wait = timedelta(seconds=options["timeout_s"])
         super().__init__(process_group_backend=process_group_backend, timeout=wait)  # type: ignore[call-arg]
-        automatic = threshold == "auto"
-        is_time = isinstance(threshold, int | float) and not isinstance(threshold, bool) and threshold >= 0
-        if not automatic and not is_time:
-            raise ConfigurationError(f"threshold={threshold!r} is not allowed; use 'auto', seconds (0 or more) or inf.")
-        _check(warmup_steps > UNSETTLED_STEPS, "warmup_steps", warmup_steps, f"above {UNSETTLED_STEPS}")
-        _check(0 < max_drop_rate <= 1, "max_drop_rate", max_drop_rate, "in 0 .. 1")
-        _check(normalize in ("computed", "maximum"), "normalize", normalize, "'computed' or 'maximum'")
-        _check(min_micro_batches >= 1, "min_micro_batches", min_micro_batches, "1 or more")
-        _check(compensate in (None, "extra_steps"), "compensate", compensate, "'extra_steps' or None")
-        _check(re_estimate_every_n_steps >= 0, "re_estimate_every_n_steps", re_estimate_every_n_steps, "0 or more")
-        _check(on_nonfinite in ("raise", "warn"), "on_nonfinite", on_nonfinite, "'raise' or 'warn'")
-        self.on_nonfinite = on_nonfinite
-        self.threshold, self.warmup_steps, self.max_drop_rate = threshold, warmup_steps, max_drop_rate
-        self.normalize, self.min_micro_batches, self.include_data_time = normalize, min_micro_batches, include_data_time
-        self.compensate, self.re_estimate_every_n_steps = compensate, re_estimate_every_n_steps
-        self.delay = parse_delay(delay) if isinstance(delay, str) else delay
-        self.record_timings = record_timings
+        self.threshold: Literal["auto"] | float = options["threshold"]
+        self.warmup_steps: int = options["warmup_steps"]
+        self.max_drop_rate: float = options["max_drop_rate"]
+        self.normalize: Normalize = options["normalize"]
+        self.min_micro_batches: int = options["min_micro_batches"]
+        self.include_data_time: bool = options["include_data_time"]
+        self.compensate: Literal["extra_steps"] | None = options["compensate"]
+        self.re_estimate_every_n_steps: int = options["re_estimate_every_n_steps"]
+        self.on_nonfinite: Literal["raise", "warn"] = options["on_nonfinite"]
+        self.delay: Delay | None = parse_delay(delay) if isinstance(delay, str) else options["delay"]
+        self.record_timings: str | None = options["record_timings"]
         self._trainer: Any = None
         self._undo: list[Undo] = []
         self._sum: collectives.GradientSum | None = None
@@ -376,21 +370,17 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Restore the optimizers, the threshold and the tally."""
+        """Restore the optimizers, the threshold and the tally; with a damaged state a CheckpointError, and nothing."""
+        state = self.info.read_state(checkpoint[KEY]) if KEY in checkpoint else None
         super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
         self._restart()
-        if state := checkpoint.get(KEY):
-            self._steps, self._unsettled_until = int(state["steps"]), int(state["steps"]) + UNSETTLED_STEPS
-            self._total.computed, self._total.dropped = int(state["computed"]), int(state["dropped"])
+        if state is not None:
+            self._steps, self._unsettled_until = state["steps"], state["steps"] + UNSETTLED_STEPS
+            self._total.computed, self._total.dropped = state["computed"], state["dropped"]
             self._compensate()
             if self.threshold == "auto":
-                saved = float(state["threshold_s"])
+                saved, measured = state["threshold_s"], state["measured"]
                 # Older checkpoints do not say; in them inf is taken for a measurement that had not ended.
-                self._has_measured = bool(state.get("measured", math.isfinite(saved)))
+                self._has_measured = math.isfinite(saved) if measured is None else measured
                 self.threshold_s = saved if self._has_measured else math.inf
                 self._measuring_until = 0 if self._has_measured else self._steps + self.warmup_steps
-
-
-def _check(allowed: bool, name: str, given: Any, what: str) -> None:
-    if not allowed:
-        raise ConfigurationError(f"{name}={given!r} is not allowed; it must be {what}.")

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from lightning_eff.checks import checked
 from lightning_eff.errors import EffWarning
 from lightning_eff.functional.pipelined_bp import delay
 from lightning_eff.integration.collectives import look_for_sigterm_once_per_window
@@ -27,6 +28,7 @@ from lightning_eff.integration.patches import Undo, replaced
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.strategies.guard import StepGuard
 from lightning_eff.strategies.meetings import Meetings
+from lightning_eff.strategies.options import PIPELINED_BP
 from lightning_eff.strategies.pipeline import gather, hooks, refusals
 from lightning_eff.strategies.pipeline.cut import Cut, cut, cut_table
 from lightning_eff.strategies.pipeline.layers import find_stack
@@ -35,6 +37,7 @@ from lightning_eff.strategies.pipeline.mitigation import fitting, parse_mitigati
 from lightning_eff.strategies.pipeline.one_replica import OneReplica
 from lightning_eff.strategies.pipeline.randomness import Randomness, drawn_seed, same_on_all_ranks
 from lightning_eff.strategies.pipeline.report import tell
+from lightning_eff.strategies.pipeline.resume import go_on
 from lightning_eff.strategies.pipeline.runner import Runner
 from lightning_eff.strategies.pipeline.weights import Stage, Weights
 
@@ -55,10 +58,10 @@ class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
             which stages after the first begin; None or ``"auto"`` for as many as there are processes.
         mitigation: ``"lwp+sc"`` (weight prediction and spike compensation, the paper's), ``"lwp"``, ``"lwp_w"``,
             ``"sc"``, ``"stash"``, ``"spectrain"``, ``"shrink"``, ``"none"``, or some joined with ``+``.
-        horizon: multiple of a stage's delay that prediction and compensation are for; default 1, 2 over-compensates.
+        horizon: multiple of a stage's delay that prediction and compensation are for, 0 to 1000; default 1.
         micro_batch_size: samples per update; splits the training loader's batches. None keeps them.
         stash: backward with the weights of the forward pass (a copy of them for every sample in flight).
-        in_flight: samples by which a stage runs ahead of the next; 2 is the paper's schedule, 1 halves delays and
+        in_flight: samples a stage runs ahead of the next by, 1 to 64; 2 is the paper's schedule, 1 halves delays and
             activations but waits for every message.
         shrink_factor: gamma of ``"shrink"``, by which gradients shrink for every update they are late.
         curvature: largest eigenvalue of the loss's Hessian, for a warning if training cannot be stable; ``"measure"``
@@ -66,7 +69,7 @@ class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
         on_nonfinite: ``"raise"`` before a NaN or Inf gradient reaches a parameter, or ``"warn"``.
         schedule_picture: save a picture of the schedule beside the logs, or in ``default_root_dir``.
         process_group_backend: ``"nccl"`` or ``"gloo"``; default: by device.
-        timeout_s: seconds after which a message that does not come, or a rank at the start, is an error.
+        timeout_s: seconds, 0.001 to 1e9, after which a message that does not come, or a rank at the start, is an error.
 
     Raises:
         ConfigurationError: an option is outside its range, or the model has no such stack.
@@ -96,13 +99,15 @@ class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
         process_group_backend: str | None = None,
         timeout_s: float = 1800.0,
     ) -> None:
-        refusals.check_options(module, stages, micro_batch_size, in_flight, curvature, on_nonfinite, timeout_s)
-        self._wait = timedelta(seconds=timeout_s)
+        given = checked(PIPELINED_BP, locals())
+        self._wait = timedelta(seconds=given["timeout_s"])
         super().__init__(process_group_backend=process_group_backend, timeout=self._wait)  # type: ignore[call-arg]
-        self.mitigation = parse_mitigation(mitigation, horizon=horizon, gamma=shrink_factor, stash=stash)
-        self.module, self.stages, self.in_flight = module, stages, in_flight
-        self.micro_batch_size, self.curvature, self.on_nonfinite = micro_batch_size, curvature, on_nonfinite
-        self.schedule_picture = schedule_picture
+        self.mitigation = parse_mitigation(
+            given["mitigation"], horizon=given["horizon"], gamma=given["shrink_factor"], stash=given["stash"]
+        )
+        self.module, self.stages, self.in_flight = given["module"], given["stages"], given["in_flight"]
+        self.micro_batch_size, self.curvature = given["micro_batch_size"], given["curvature"]
+        self.on_nonfinite, self.schedule_picture = given["on_nonfinite"], given["schedule_picture"]
         self.metrics: dict[str, float] = {}
         self._trainer: Any = None
         self._undo: list[Undo] = []
@@ -211,20 +216,13 @@ class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
                 warnings.warn(f"pipelined_bp: {said}", EffWarning, stacklevel=2)
         weights = Weights(mine, mitigation, optimizer)
         if loaded is not None:
-            seed = int(loaded["seed"])
-            self._go_on(weights, loaded, [stack.names[i] for i in where.starts])
+            seed = loaded["seed"]
+            go_on(weights, loaded, [stack.names[i] for i in where.starts], self.in_flight)
         self._gathered = gather.Gathered(model, optimizer, where, position)
         self._undo.append(self._gathered.give_back)
         streams = Randomness(seed, device)
         roll: Any = self._roll_call
         return Runner(stack, seen, where, weights, streams, timeout=self._wait, roll=roll)
-
-    def _go_on(self, weights: Weights, loaded: dict[str, Any], starts: list[str]) -> None:
-        before = [loaded["layers"][i] for i in loaded["starts"]]
-        if before == starts and loaded["in_flight"] == self.in_flight:
-            weights.load(int(loaded["samples"]), loaded["stages"])
-            return
-        refusals.warn_of_other_stages(before, loaded["in_flight"], starts, self.in_flight)
 
     # ------------------------------------------------------------------------------------------ a micro-batch
 
@@ -394,7 +392,8 @@ class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
         super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Restore the optimizers; the rest is restored with the first batch."""
+        """Restore the optimizers; the rest is looked at here, and restored with the first batch."""
+        loaded = self.info.read_state(checkpoint[KEY]) if KEY in checkpoint else None
         self._begin_run()
         super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
-        self._loaded = checkpoint.get(KEY)
+        self._loaded = loaded

@@ -165,7 +165,7 @@ def test_the_seed_of_the_run_is_the_default() -> None:
         ("stall:p", "p='' is not a number"),
         ("stall:p=often", "p='often' is not a number of type float"),
         ("slow:rank=1.5", "rank='1.5' is not a number of type int"),
-        ("stall:p=1.5", "p=1.5 is not allowed; it is 0 .. 1"),
+        ("stall:p=1.5", "p=1.5 is not allowed; it must be a finite number, 0 or more, 1 at most"),
         ("stall:p=nan", "p=nan is not allowed"),
         ("stall:factor=inf", "factor=inf is not allowed"),
         ("slow:rank=-1", "rank=-1 is not allowed"),

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.errors import CheckpointError, ConfigurationError
 from lightning_eff.functional.flexpoint import (
     INIT_ROUNDS,
     Autoflex,
@@ -364,7 +364,7 @@ def test_a_restored_state_continues_exactly(maxima: list[float], length: int) ->
         assert restored.update(max_abs) == flex.update(max_abs)
         assert restored.state_dict() == flex.state_dict()
     for key in state:
-        with pytest.raises(KeyError):
+        with pytest.raises(CheckpointError, match=f"{key} is missing"):
             restored.load_state_dict({k: v for k, v in state.items() if k != key})
 
 

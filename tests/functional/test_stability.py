@@ -328,11 +328,11 @@ def test_the_curvature_of_a_small_network(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0, 1, 0.9, "none"), "curvature=0.0 is not allowed; it is finite and above 0"),
+        ((0.0, 1, 0.9, "none"), "curvature=0.0 is not allowed; it must be a finite number, above 0"),
         ((math.nan, 1, 0.9, "none"), "curvature=nan"),
         ((1.0, -1, 0.9, "none"), "delay=-1"),
-        ((1.0, 1, 1.0, "none"), "momentum=1.0 is not allowed; it is in 0 .. 1, below 1"),
-        ((1.0, 1, 0.9, "shift"), "mitigation='shift' is not known.*Did you mean 'shifted'"),
+        ((1.0, 1, 1.0, "none"), "momentum=1.0 is not allowed; it must be a finite number, 0 or more, below 1"),
+        ((1.0, 1, 0.9, "shift"), "mitigation='shift' is not allowed.*Did you mean 'shifted'"),
     ],
 )
 def test_what_is_not_allowed(arguments: tuple[float, int, float, Mitigation], message: str) -> None:

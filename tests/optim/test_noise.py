@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.errors import ConfigurationError
+from lightning_eff.errors import CheckpointError
 from lightning_eff.optim import bf16_updates
 from lightning_eff.optim.noise import Streams, noise_seed, stream_of
 
@@ -102,7 +102,7 @@ def test_streams_of_another_number_of_parameters_are_refused() -> None:
     optimizer = made(parameters(2))
     saved = copy.deepcopy(optimizer.state_dict())
     saved["bf16"]["streams"].append(7)
-    with pytest.raises(ConfigurationError, match="holds 3 streams of random numbers for 2 parameters"):
+    with pytest.raises(CheckpointError, match="has 3 streams of random numbers for 2 parameters"):
         optimizer.load_state_dict(saved)
 
 

@@ -31,7 +31,10 @@ def planned(plan: list[list[int]], **options: Any) -> Any:
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             count = plan[self.global_rank][self._steps]
             self.threshold_s = math.inf if self._window.offered < count else -1.0
-            return super().training_step(*args, **kwargs)
+            try:
+                return super().training_step(*args, **kwargs)
+            finally:
+                self.threshold_s = 1.0  # what is saved; no run could have the other
 
     return Planned(threshold=1.0, process_group_backend="gloo", **options)
 

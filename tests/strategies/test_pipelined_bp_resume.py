@@ -13,6 +13,7 @@ import torch
 
 from lightning_eff.methods import METHODS
 from tests.harness import run_ranks
+from tests.harness.ranks import RanksFailedError
 from tests.strategies.pipeline_models import (
     BATCH,
     CUTS,
@@ -283,7 +284,7 @@ def _lose(key: str, checkpoint: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
-@pytest.mark.parametrize("key", ["samples", "seed", "versions", "previous", "all"])
+@pytest.mark.parametrize("key", ["samples", "seed", "previous", "all"])
 def test_the_state_is_needed(tmp_path: Path, key: str, world: int) -> None:
     """Negative control: without any part of it the run goes on to other weights."""
     name = "lwp_w+sc dropout"
@@ -295,9 +296,22 @@ def test_the_state_is_needed(tmp_path: Path, key: str, world: int) -> None:
     else:
         _lose(key, checkpoint)
     torch.save(checkpoint, path)
-    result = run_ranks(_resumed, world, str(tmp_path), name, 2, init_group=False)[0]
+    results = run_ranks(_resumed, world, str(tmp_path), name, 2, init_group=False)
+    result = results[0]
     assert result.trainer["global_step"] == STEPS
     assert bits(result.state) != bits(whole.state)
+    warned = [message for each in results for message in each.extra["warned"] if "not exact" in message]
+    assert bool(warned) == (key == "previous")
+
+
+def test_lost_versions_are_refused(tmp_path: Path) -> None:
+    """Without them the run would go on to other weights, in silence."""
+    run_ranks(_save, 1, str(tmp_path), "lwp+sc", init_group=False)
+    checkpoint = torch.load(tmp_path / "4.ckpt", weights_only=True)
+    _lose("versions", checkpoint)
+    torch.save(checkpoint, tmp_path / "4.ckpt")
+    with pytest.raises(RanksFailedError, match=r"CheckpointError: .*stage 0 lacks the versions \[2, 3\]"):
+        run_ranks(_resumed, 1, str(tmp_path), "lwp+sc", 2, init_group=False)
 
 
 RUNS["lwp_w+sc dropout"] = ({"mitigation": "lwp_w+sc"}, DROPOUT)

@@ -105,15 +105,21 @@ class Gathered:
             return ours
         index = {id(p): i for i, p in enumerate(p for group in self._whole for p in group)}
         mine = {index[id(p)]: state for p, state in self._optimizer.state.items()}
+        places = [index[id(p)] for group in self._optimizer.param_groups for p in group["params"]]
+        streams = dict(zip(places, ours.get("bf16", {}).get("streams", ()), strict=False))
         parts: list[Any] | None = [None] * self._positions if dist.get_rank() == 0 else None
-        dist.gather_object(mine, parts)
+        dist.gather_object((mine, streams), parts)
         if parts is None:
             return ours
         first = 0
         for group, whole in zip(ours["param_groups"], self._whole, strict=True):
             group["params"] = list(range(first, first + len(whole)))
             first += len(whole)
-        return {**ours, "state": {i: state for part in parts for i, state in part.items()}}
+        found = {**ours, "state": {i: state for part, _ in parts for i, state in part.items()}}
+        if streams:  # of bf16-sr: every parameter rounds as it would in one process
+            every = {i: stream for _, part in parts for i, stream in part.items()}
+            found["bf16"] = {**ours["bf16"], "streams": [every[i] for i in sorted(every)]}
+        return found
 
 
 def collected(value: T) -> list[T] | None:

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.checks import Text, check, shown
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
 from lightning_eff.functional.directions import adam_direction, nadam_direction
+from lightning_eff.strategies.options import HORIZON, SHRINK
 
 PARTS = ("none", "lwp", "lwp_w", "sc", "stash", "spectrain", "shrink")
 _ALTERNATIVES = {"lwp", "lwp_w", "spectrain", "none"}
@@ -62,39 +64,28 @@ class Mitigation:
         return "+".join(part for part in PARTS if part in self.parts)
 
 
-def is_number(value: Any) -> bool:
-    """Whether it can be reckoned with as one."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return isinstance(value, float) or value.bit_length() < 1000  # longer ones are no float
-
-
 def parse_mitigation(text: str, *, horizon: float | None, gamma: float, stash: bool) -> Mitigation:
     """Read ``"lwp+sc"`` and the like.
 
     Raises:
         ConfigurationError: a part is unknown, or two exclude each other, or a number is out of its range.
     """
-    parts = str(text).split("+")
+    parts = check("mitigation", text, Text("parts joined with '+', as in 'lwp+sc'")).split("+")
+    horizon, gamma = check("horizon", horizon, HORIZON), check("shrink_factor", gamma, SHRINK)
     for part in parts:
         if part not in PARTS:
             raise ConfigurationError(
-                f"mitigation={text!r} is not allowed: {part!r} is none of {', '.join(PARTS)}.{nearest(part, PARTS)} "
+                f"mitigation={shown(text)} is not allowed: {shown(part)} is none of {', '.join(PARTS)}."
+                f"{nearest(part, PARTS)} "
                 "Join parts with '+', as in 'lwp+sc'."
             )
     if len(set(parts) & _ALTERNATIVES) > 1 or ("none" in parts and len(parts) > 1) or len(set(parts)) < len(parts):
         raise ConfigurationError(
             f"mitigation={text!r} is not allowed: at most one of lwp, lwp_w and spectrain, and 'none' alone."
         )
-    if horizon is not None and not (is_number(horizon) and 0 <= horizon < float("inf")):
-        raise ConfigurationError(
-            f"horizon={horizon!r} is not allowed; it is a multiple of each stage's delay, 0 or more (default 1)."
-        )
-    if not (is_number(gamma) and 0 < gamma <= 1):
-        raise ConfigurationError(f"shrink_factor={gamma!r} is not allowed; it must be above 0 and at most 1.")
     found = frozenset(parts) | ({"stash"} if stash else set())
     found = found - {"none"} or frozenset({"none"})
-    return Mitigation(found, 1.0 if horizon is None else float(horizon), gamma if "shrink" in parts else 1.0)
+    return Mitigation(found, 1.0 if horizon is None else horizon, gamma if "shrink" in parts else 1.0)
 
 
 def fitting(mitigation: Mitigation, optimizer: torch.optim.Optimizer) -> tuple[Mitigation, str]:

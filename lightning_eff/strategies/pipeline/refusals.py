@@ -19,47 +19,11 @@ from lightning_eff.errors import (
     UnsupportedCombinationError,
 )
 from lightning_eff.functional import stability
-from lightning_eff.strategies.pipeline.mitigation import Mitigation, is_number
+from lightning_eff.strategies.pipeline.mitigation import Mitigation
 from lightning_eff.strategies.pipeline.weights import Weights
 
-LONGEST_S = 1e9
-"""What a timedelta, and gloo's milliseconds, can hold."""
 MUCH = 1.0
 """D (1 - m) above which no mitigation here can be expected to help; with a large learning rate it fails earlier."""
-
-
-def check(allowed: bool, name: str, given: Any, what: str) -> None:
-    """Raise a ConfigurationError unless ``allowed``."""
-    if not allowed:
-        raise ConfigurationError(f"{name}={given!r} is not allowed; it must be {what}.")
-
-
-def is_whole(value: Any, least: int) -> bool:
-    """Whether ``value`` is a whole number of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def is_one_of(value: Any, *allowed: str | None) -> bool:
-    """Whether ``value`` is among strings; anything may be asked, also an array."""
-    return (value is None or isinstance(value, str)) and value in allowed
-
-
-def check_options(
-    module: Any, stages: Any, micro_batch_size: Any, in_flight: Any, curvature: Any, on_nonfinite: Any, timeout_s: Any
-) -> None:
-    """Raise a ConfigurationError unless each is what the strategy's option of that name may be."""
-    check(module is None or isinstance(module, str), "module", module, "the name of a module, or None")
-    names = isinstance(stages, Sequence) and not isinstance(stages, str) and all(isinstance(s, str) for s in stages)
-    are_stages = is_one_of(stages, None, "auto", "layers") or is_whole(stages, 1) or (names and len(stages) > 0)
-    check(are_stages, "stages", stages, "a number, 'auto', 'layers', a list of layer names, or None")
-    is_size = micro_batch_size is None or is_whole(micro_batch_size, 1)
-    check(is_size, "micro_batch_size", micro_batch_size, "1 or more, or None")
-    check(is_whole(in_flight, 1), "in_flight", in_flight, "1 or more")
-    is_curvature = is_one_of(curvature, None, "measure") or (is_number(curvature) and 0 < curvature < float("inf"))
-    check(is_curvature, "curvature", curvature, "a number above 0, 'measure' or None")
-    check(is_one_of(on_nonfinite, "raise", "warn"), "on_nonfinite", on_nonfinite, "'raise' or 'warn'")
-    is_time = is_number(timeout_s) and 0 < timeout_s <= LONGEST_S
-    check(is_time, "timeout_s", timeout_s, f"above 0, at most {LONGEST_S:g}")
 
 
 def refuse(trainer: Any, num_stages: Any, positions: int) -> None:
