@@ -138,10 +138,10 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
         of = (trainer, trainer.lightning_module)
         if trainer.global_step == 0 or any(a is not b for a, b in zip(of, self._trained, strict=True)):
             self._compensation.forget(trainer)
-            self._total = Tally()
+            self._total, self._steps = Tally(), 0
         self._trained = of
         self._compensation.go_on(trainer, self._total.dropped)
-        self._begin(trainer.global_step)
+        self._begin(self._steps)
         self._undo += [
             collectives.look_for_sigterm_once_per_window(trainer),
             collectives.compare_logs_between_ranks(trainer, self.info.name),
@@ -356,7 +356,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
         """What was before a checkpoint is restored, a search for a learning rate for instance, was another run."""
         self._compensation.forget(self._trainer)
         self._window, self._total = Window(started=self._clock.now()), Tally()
-        self._begin(self._trainer.global_step)
+        self._begin(0)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save, with the threshold and the tally."""

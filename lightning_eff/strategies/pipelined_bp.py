@@ -160,11 +160,6 @@ class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
             self._runner.abandon()
         self._runner, self._gathered, self.metrics, self._draining = None, None, {}, False
 
-    def on_train_start(self) -> None:
-        """A search for a learning rate has been a run of its own, in the same fit."""
-        self._begin_run()
-        super().on_train_start()  # type: ignore[misc]
-
     def configure_ddp(self) -> None:
         """Give every rank the weights of rank 0."""
         gather.same_weights(self.model)  # type: ignore[attr-defined]
@@ -394,6 +389,6 @@ class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Restore the optimizers; the rest is looked at here, and restored with the first batch."""
         loaded = self.info.read_state(checkpoint[KEY]) if KEY in checkpoint else None
-        self._begin_run()
+        self._begin_run()  # what there was before, a search for a learning rate, was a run of its own
         super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
         self._loaded = loaded

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from lightning_eff.errors import ConfigurationError, EffError, RankLostError
 from lightning_eff.integration import roll_call as module
 from lightning_eff.integration.processes import this_process
+from lightning_eff.integration.rendezvous import forget_collectives
 from lightning_eff.integration.roll_call import RollCall
 from tests.harness import run_ranks
 from tests.integration.conftest import ROOT
@@ -280,6 +282,38 @@ def test_errors_that_are_nobody_elses_pass() -> None:
 )
 def test_what_comes_from_a_collective_is_told_from_other_errors(error: Exception, is_one: bool) -> None:
     assert module.is_of_a_collective(error) == is_one
+
+
+class Work:
+    """Of a collective under way."""
+
+
+COLLECTIVE = """
+def all_reduce(work):
+    handle = work()
+    seen(handle)
+    raise RuntimeError("Connection closed by peer")
+"""
+
+
+@pytest.mark.parametrize(("module_name", "held"), [("torch.distributed.c10d", False), ("of_the_user", True)])
+def test_an_error_holds_no_collective_and_the_users_frames_stay_for_debuggers(module_name: str, held: bool) -> None:
+    """What a traceback holds keeps connections open, and the other ranks waiting."""
+    seen: list[weakref.ref[Work]] = []
+    names: dict[str, Any] = {"__name__": module_name, "seen": lambda handle: seen.append(weakref.ref(handle))}
+    exec(COLLECTIVE, names)
+
+    def fail() -> None:
+        try:
+            names["all_reduce"](Work)
+        except RuntimeError as error:
+            raise ValueError("the same") from error
+
+    with pytest.raises(ValueError, match="the same") as caught:
+        fail()
+    assert seen[0]() is not None
+    forget_collectives(caught.value)
+    assert (seen[0]() is not None) == held
 
 
 def test_a_loader_worker_ends_with_its_rank(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ UNSUPPORTED, CONFIGURATION = "UnsupportedCombinationError", "ConfigurationError"
 CASES = [
     ("manual", UNSUPPORTED, "manual optimization"),
     ("accumulate", UNSUPPORTED, "accumulate_grad_batches=2"),
-    ("two optimizers", "RuntimeError", "only supported with manual optimization"),  # Lightning's own
+    ("two optimizers", "UnsupportedCombinationError", "needs one optimizer"),
     ("lbfgs", UNSUPPORTED, "LBFGS"),
     ("nesterov", UNSUPPORTED, "nesterov"),
     ("unknown module", CONFIGURATION, "Did you mean 'net'?"),

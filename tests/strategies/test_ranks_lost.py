@@ -259,7 +259,10 @@ def _start(rank: int, world: int, folder: str, strategy: str, kind: str, victim:
 
 @pytest.mark.parametrize(
     ("strategy", "victim"),
-    [("dropcompute", 1), ("dropcompute", 0), *(pytest.param("pipelined_bp", v, marks=LONG) for v in (0, 1))],
+    [
+        ("dropcompute", 1),
+        *(pytest.param(*case, marks=LONG) for case in ((STRATEGIES[0], 0), (STRATEGIES[1], 0), (STRATEGIES[1], 1))),
+    ],
 )
 def test_a_rank_that_never_comes_is_named_after_the_timeout_of_the_start(
     tmp_path: Path, strategy: str, victim: int
