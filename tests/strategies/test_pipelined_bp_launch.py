@@ -134,7 +134,7 @@ def test_yaml_with_the_class(
     text = YAMLS["class"].format(home=HOMES[root], stages=stages, curvature=curvature)
     made = _cli(root, text, tmp_path).trainer.strategy
     assert type(made).__name__ == "PipelinedBPStrategy"
-    assert (made.stages, made.curvature) == (read[0] or ["net.2", "net.4"], read[1])
+    assert (made.stages, made.curvature) == (read[0] or ("net.2", "net.4"), read[1])
     assert (made.module, made.micro_batch_size, made.in_flight, made.on_nonfinite) == ("net", 1, 1, "warn")
     assert (str(made.mitigation), made.mitigation.horizon) == ("lwp_w+sc+stash", 2.0)
     assert any(base.__module__.startswith(root) for base in type(made).__mro__)
