@@ -479,7 +479,7 @@ ALSO = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("scenarios", [TOGETHER, pytest.param(ALSO, marks=LONG)], ids=["some", "more"])
+@pytest.mark.parametrize("scenarios", [TOGETHER[:2], pytest.param([*TOGETHER, *ALSO], marks=LONG)], ids=["some", "all"])
 def test_a_used_pipeline_of_two_processes_ends_as_in_one(tmp_path: Path, scenarios: list[str]) -> None:
     """What one process ends with is compared with fresh strategies and plain Lightning above."""
     real = _run("two stages", tmp_path / "two", scenarios, world=2)

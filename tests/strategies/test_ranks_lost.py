@@ -280,7 +280,7 @@ def test_a_rank_that_never_comes_is_named_after_the_timeout_of_the_start(
 # ---------------------------------------------------------------------------------------------------- three ranks
 
 
-@pytest.mark.parametrize("kind", [pytest.param("die", marks=LONG), pytest.param("hang", marks=LONG), "raise"])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=LONG) for kind in ("die", "hang", "raise")])
 def test_who_does_not_wait_for_the_lost_rank_itself_names_it_as_well(tmp_path: Path, kind: str) -> None:
     """Connections are closed by whoever has given up, so that the others need not wait for the timeout."""
     error = _lose(tmp_path, "dropcompute", kind, 1, "metric", world=3)
