@@ -150,7 +150,7 @@ def test_search_then_fit(subject: Subject, tmp_path: Path) -> None:
 
 
 @every_subject(few=True)
-@pytest.mark.parametrize("in_the_fit", [False, True])
+@pytest.mark.parametrize("in_the_fit", [pytest.param(False, marks=pytest.mark.long), True])
 def test_search_of_a_batch_size_then_fit(subject: Subject, in_the_fit: bool, tmp_path: Path) -> None:
     """Lightning's finder takes all callbacks away, trains, and puts back a checkpoint."""
     search = {"steps_per_trial": 2, "max_trials": 1, "init_val": 8}

@@ -48,6 +48,7 @@ def test_stock_ddp_waits_in_every_micro_batch() -> None:
     assert predicted == {"ddp": pytest.approx(10.5 / 8.5), "ddp, one look": 1.0, "dropcompute, inf": 1.0}
 
 
+@pytest.mark.long
 def test_quality(tmp_path: Path) -> None:
     arguments = ["--tiny", "--seeds", "1", "--task", "digits", "--drop-rates", "0.4", "--check"]
     assert dropcompute_quality.main([*arguments, "--results", str(tmp_path)]) == 0

@@ -14,6 +14,7 @@ from benchmarks.pipelined_bp import CENTRE, GPIPE, ONE, ONE_F_ONE_B, OURS, Resul
 SLEEP = Work("sleep", 2, 256, 1, 0.0005)
 
 
+@pytest.mark.long
 def test_seconds_per_sample(tmp_path: Path) -> None:
     assert pipelined_bp.main(["--tiny", "--rounds", "1", "--check", "--results", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.json")

@@ -23,8 +23,16 @@ def rows(folder: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("arguments", "variants"),
     [
-        (["--task", "mlp", "--micro-batches", "1,32"], [*quality.FEW, SGD, *quality.ALL, BRAKING]),
-        (["--task", "resnet", "--micro-batches", "4", "--variants", f"lwp+sc,{BRAKING}"], ["lwp+sc", BRAKING]),
+        pytest.param(
+            ["--task", "mlp", "--micro-batches", "1,32"],
+            [*quality.FEW, SGD, *quality.ALL, BRAKING],
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            ["--task", "resnet", "--micro-batches", "4", "--variants", f"lwp+sc,{BRAKING}"],
+            ["lwp+sc", BRAKING],
+            marks=pytest.mark.long,
+        ),
         (["--task", "mlp", "--micro-batches", "8", "--variants", "stash", "--lr", "0.01,0.1"], ["stash", SGD, "stash"]),
     ],
 )

@@ -94,6 +94,7 @@ def test_every_format_is_counted(tmp_path: Path) -> None:
     assert all(0.125 <= share <= 0.52 for share in layers.values())
 
 
+@pytest.mark.long
 def test_quality(tmp_path: Path) -> None:
     variants = ",".join(quality.VARIANTS)
     assert quality.main(["--tiny", "--seeds", "1", "--variants", variants, "--results", str(tmp_path)]) == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.integration.conftest import SCRIPTS, reports, run_python
 
 
@@ -19,6 +21,7 @@ def test_a_lightning_cli_project_on_two_processes(tmp_path: Path) -> None:
         assert (line["argv"], line["script"]) == (arguments, "cli_app.py")
 
 
+@pytest.mark.long
 def test_a_module_whose_classes_must_be_found_by_spawned_processes() -> None:
     done = run_python(
         *("-m", "lightning_eff", "run", "-m", "app", "ddp_spawn", "2"),

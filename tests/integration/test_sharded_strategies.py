@@ -52,7 +52,7 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
 # ----------------------------------------------------------------------------------------------------------- FSDP2
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("precision", [*SHARDED, "luq4+bf16-mixed", "fp8+bf16-true"])
 def test_fsdp2_trains_as_ddp_does(world_size: int, precision: str) -> None:
     for ddp, sharded in run_ranks(fsdp2.both, world_size, precision, limit_val_batches=2, init_group=False):
@@ -76,7 +76,7 @@ def test_fsdp2_accumulates_as_one_device_does() -> None:
     assert equal(one, sharded)
 
 
-@pytest.mark.parametrize("distributed_checkpoint", [True, False])
+@pytest.mark.parametrize("distributed_checkpoint", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("precision", "options", "at"),
     [("luq4", {"hindsight": 0.5}, 3), ("luq4", {"hindsight": 0.5}, 4), ("fp8-delayed", {}, 3), ("fp6-fit", {}, 3)],

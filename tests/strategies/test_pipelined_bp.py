@@ -81,8 +81,9 @@ SCENARIOS: dict[str, tuple[tuple[int, ...], Plan, Plan, Plan]] = {
 }
 ALWAYS = ("sgd", "dropout and batch norm", "clip by norm", "tuples", "bf16-mixed", "by a metric", "no validation")
 """Scenarios that every run of the tests has; the others are for the long ones."""
+LONGER = [("sgd", 2), ("sgd", 4), ("dropout and batch norm", 2), ("clip by norm", 2)]
 CASES = [
-    pytest.param(name, ranks, marks=[] if name in ALWAYS else [pytest.mark.long])
+    pytest.param(name, ranks, marks=[] if name in ALWAYS and (name, ranks) not in LONGER else [pytest.mark.long])
     for name, (numbers, *_) in SCENARIOS.items()
     for ranks in numbers
 ]

@@ -152,7 +152,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 LONGER = (
     "anomaly", "rich", "sanity", "bf16-kahan", "save by loss_epoch", "save by val_loss", "save by time", "tqdm",
     "limit_train_batches", "overfit_batches", "clip by value", "bf16-true", "bf16-split", "max_steps",
-    "stop by val_loss",
+    "stop by val_loss", "save by loss_step", "plateau by step", "fast_dev_run", "fp8-rowwise", "swa",
 )  # fmt: skip
 
 

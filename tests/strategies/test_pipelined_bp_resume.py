@@ -131,7 +131,10 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 CELLS = [(name, world) for name in RUNS for world in (1, 2, 3) if world == 2 or name in ("lwp+sc", "lwp_w+sc", "stash")]
 
-LONGER = [("lwp_w+sc", 1), ("stash", 1), ("spectrain", 2), ("in_flight=1", 2), ("lwp_w+sc", 3)]
+LONGER = [
+    *(("lwp_w+sc", 1), ("stash", 1), ("spectrain", 2), ("in_flight=1", 2), ("lwp_w+sc", 3)),
+    *(("lwp+sc", 2), ("lwp_w+sc", 2), ("stash", 3)),
+]
 
 
 def _cut_everywhere(rank: int, world: int, folder: str, name: str) -> list[Outcome]:
