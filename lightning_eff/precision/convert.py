@@ -267,10 +267,11 @@ class Conversion:
     def _swap(self, module: nn.Module, mixin: type[Twin] | None) -> None:
         if mixin is None:  # _reasons gives every layer without a twin a reason
             raise InternalError(f"internal error: {type(module).__name__} has no twin")
-        own = own_class(type(module))
+        found = own_class(type(module))
+        own = getattr(found, "_eff_plain", found)  # a user's type(layer)(...) makes a twin without a state
         twin = twin_class(mixin, own)
         self._given[id(module)] = module, twin, own
-        module.__class__ = with_base(type(module), own, twin)
+        module.__class__ = with_base(type(module), found, twin)
 
     def _give_back(self, key: int) -> None:
         module, twin, own = self._given.pop(key)

@@ -177,6 +177,7 @@ def mixin_of(module: nn.Module) -> type[Twin] | None:
     of a layer has the layer's.
     """
     own = own_class(type(module))
+    own = getattr(own, "_eff_plain", own)  # of a converted layer, what it was
     for base in own.__mro__:
         mixin = _registered(base)
         if mixin is not None:

@@ -107,6 +107,11 @@ def _parametrised(net: nn.Sequential) -> None:
 CHANGES: dict[str, tuple[Callable[[Any], None], str, int]] = {
     "layer removed": (lambda net: net.pop(2), "2 (Linear) gone", 1),
     "layer replaced": (lambda net: net.__setitem__(2, nn.Linear(24, 24)), "2 (Linear) converted", 2),
+    "made of a converted layer's class": (
+        lambda net: net.__setitem__(2, type(net[2])(24, 24)),
+        "2 (Linear) converted",
+        2,
+    ),
     "head replaced": (lambda net: net.__setitem__(6, nn.Linear(24, 3)), "6 (Linear) left alone: exempt: the last", 2),
     "layer inserted": (lambda net: net.insert(2, nn.Linear(24, 24)), "2 (Linear) converted", 3),
     "subtree added": (lambda net: net.insert(2, nn.Sequential(nn.Linear(24, 24), nn.ReLU())), "2.0 (Linear) conv", 3),
@@ -138,6 +143,15 @@ def test_changes_are_noticed_named_and_undone(change: str) -> None:
         model(torch.randn(5, 12)).sum().backward()
     conversion.undo()
     assert all(is_plain(part) for part in (*before, *model.modules()))
+
+
+def test_the_last_layer_is_the_last_of_all_converted_or_not() -> None:
+    model = body()
+    conversion = convert(model, LUQConfig())
+    del model[6]  # the exempt one: 4 is the last now, and stays converted
+    model.insert(1, nn.Linear(24, 24))
+    conversion.update()
+    assert list(conversion.states) == ["1", "3", "5"]
 
 
 def test_a_layer_that_is_taken_out_and_put_back_is_converted_once() -> None:
