@@ -21,6 +21,7 @@ def rows(folder: Path) -> list[dict]:
     return json.loads(file.read_text())["rows"]
 
 
+@pytest.mark.long
 def test_samples_per_second(tmp_path: Path) -> None:
     arguments = ["--tiny", "--rounds", "1", "--noise", "stall", "--check", "--results", str(tmp_path)]
     assert dropcompute.main(arguments) == 0

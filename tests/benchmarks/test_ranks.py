@@ -27,6 +27,7 @@ def _sum(number: int) -> tuple[int, float, int, str]:
     return dist.get_rank(), float(total), torch.get_num_threads(), os.environ["WORLD_SIZE"]
 
 
+@pytest.mark.long
 def test_the_result_of_rank_0() -> None:
     assert run_on_ranks(_sum, 2, 5) == (0, 15.0, 1, "2")
 

@@ -146,7 +146,13 @@ def test_the_probe_of_the_sgd_kernel_is_made_in_float32() -> None:
     assert bf16._rounds_like_torch(kernels)
 
 
-@pytest.mark.parametrize("world", ["torch.set_default_dtype(torch.bfloat16)", "torch.set_default_device('meta')"])
+@pytest.mark.parametrize(
+    "world",
+    [
+        "torch.set_default_dtype(torch.bfloat16)",
+        pytest.param("torch.set_default_device('meta')", marks=pytest.mark.long),
+    ],
+)
 def test_importing_the_package_in_another_world_changes_nothing(world: str) -> None:
     """Constants that kernels read are made when modules are imported: in Lightning, anywhere."""
     code = f"""

@@ -260,6 +260,16 @@ def _check(name: str, layout: str, way: str) -> None:
         torch.testing.assert_close(found[key], wanted, rtol=bound, atol=bound * max(1.0, float(wanted.abs().max())))
 
 
+ALIKE = (
+    *("linear without bias", "conv2d from one", "conv2d pointwise", "conv2d one image", "conv2d depthwise"),
+    *("conv2d circular", "conv2d channels-last weight", "relu"),
+)
+every_module = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in ALIKE else []) for name in MODULES]
+)
+"""Of modules that are alike, one in the default tier; every layout of all of them."""
+
+
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("name", list(MODULES))
 def test_every_layout_of_the_input(name: str, layout: str) -> None:
@@ -268,6 +278,6 @@ def test_every_layout_of_the_input(name: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize("name", list(MODULES))
+@every_module
 def test_every_way_to_call_a_module(name: str, way: str) -> None:
     _check(name, "contiguous", way)

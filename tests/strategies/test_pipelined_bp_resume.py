@@ -357,7 +357,11 @@ def _in_precision(rank: int, world: int, folder: str, precision: str) -> list[Ou
 
 
 @pytest.mark.parametrize(
-    "precision", ["bf16-mixed", "bf16-true", "bf16-split", "bf16-kahan", "bf16-sr", "dfp16", "luq4"]
+    "precision",
+    [
+        *("bf16-split", "bf16-sr", "luq4"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("bf16-mixed", "bf16-true", "bf16-kahan", "dfp16")),
+    ],
 )
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_low_precisions_continue_to_the_same_bits(tmp_path: Path, precision: str, world: int) -> None:
