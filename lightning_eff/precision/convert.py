@@ -236,17 +236,20 @@ class Conversion:
         return came
 
     def _convert_layer(self, module: nn.Module, *, on_path: bool) -> None:
+        mixin = mixin_of(module)
         for part in _parts(module).values():
             state = part.__dict__[STATE] = LayerState("", self.config, self.seeds, self._recent)
             state.on_path = on_path
-        self._swap(module, mixin_of(module))
+            self._swap(
+                part, mixin if part is module else Twin
+            )  # the latter so that copies of it leave the state behind
 
     def _named_states(self, found: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, LayerState]]:
         """The states of the layers as the tree is now, under the names they have now."""
         for name, module in found:
             for suffix, part in _parts(module).items():
-                if STATE in part.__dict__:
-                    state: LayerState = part.__dict__[STATE]
+                state: LayerState | None = part.__dict__.get(STATE)
+                if state is not None:  # a copy of a parametrised layer keeps the name, and nothing under it
                     state.name = f"{name}{suffix}".lstrip(".")
                     yield state.name, state
 
@@ -261,7 +264,7 @@ class Conversion:
             if isinstance(module, nn.ReLU) and type(module).forward is nn.ReLU.forward and self.config.pack_relu:
                 self._swap(module, ReLUTwin)
             encoder = next((mixin for kind, mixin in ENCODERS.items() if isinstance(module, kind)), None)
-            if encoder is not None and any(STATE in part.__dict__ for part in module.modules()):
+            if encoder is not None and any(part.__dict__.get(STATE) is not None for part in module.modules()):
                 self._swap(module, encoder)
 
     def _swap(self, module: nn.Module, mixin: type[Twin] | None) -> None:

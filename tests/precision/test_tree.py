@@ -239,16 +239,26 @@ def test_copies_taken_during_a_run_are_plain(way: str) -> None:
     types = [type(part) for part in model.modules()]
     state = model.state_dict()
     exactly_converted(model)
-    take = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m)), "copy": copy.copy}[way]
-    copied = take(model) if way != "copy" else nn.Sequential(*(copy.copy(part) for part in model))
-    assert [type(part) for part in copied.modules() if way != "copy" or part.__class__ is not nn.Sequential][-3:]
-    if way != "copy":
+    take = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+    copied = nn.Sequential(*map(copy.copy, model)) if way == "copy" else take[way](model)
+    assert [type(part) for part in copied] == [nn.Conv2d, nn.ReLU, nn.MultiheadAttention, nn.Linear]
+    if way != "copy":  # a shallow copy shares what is inside
         assert [type(part) for part in copied.modules()] == types
+        assert is_plain(copied)
     assert is_plain(copied[0])
     assert is_plain(copied[3])
     assert copied[3].note == {"a": 1}
     assert all(torch.equal(value, state[key]) for key, value in copied.state_dict().items())
     assert not is_plain(model)
+
+
+def test_a_copy_taken_during_a_run_may_be_left_alone_in_the_next() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4), nn.Linear(4, 4))
+    exactly_converted(model)
+    parametrizations.weight_norm(model[1])
+    copied = copy.deepcopy(model)
+    conversion = convert(copied, LUQConfig(exempt=["0"], exempt_first_last=False))
+    assert list(conversion.states) == ["2"]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
