@@ -49,8 +49,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16-emulated": ("BF16EmulatedConfig", {}),
     **{variant: ("LUQConfig", options) for variant, options in LUQ_VARIANTS.items()},
 }
-"""Variant with converted layers -> class in ``lightning_eff.precision.config`` and its options. Each also exists with
-``+bf16-mixed``."""
+"""Variant with converted layers -> class in ``lightning_eff.precision.formats.config`` and its options. Each also exists
+with ``+bf16-mixed``."""
 
 BF16_UPDATES = {"bf16-sr": "sr", "bf16-kahan": "kahan", "bf16-split": "split"}
 """Variant with bfloat16 weights -> ``update`` of ``lightning_eff.optim.bf16_updates``."""
@@ -83,8 +83,8 @@ def convert(work: Workload, variant: str = "luq4", **options: Any) -> Any:
 
     The same layers for every format: none is left out because it is small.
     """
-    from lightning_eff.precision import config
-    from lightning_eff.precision.convert import convert as convert_layers
+    from lightning_eff.precision.formats import config
+    from lightning_eff.precision.layers.convert import convert as convert_layers
 
     name, fixed = FORMATS[variant]
     make = getattr(config, name)

@@ -39,11 +39,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 from benchmarks._ranks import launch
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import ratio, spread
-from lightning_eff.functional.delays import parse_delay
-from lightning_eff.functional.dropcompute import Timings
-from lightning_eff.functional.dropcompute_model import best_threshold, predicted
-from lightning_eff.functional.timings import read_timings
-from lightning_eff.integration.collectives import look_for_sigterm_once_per_window
+from lightning_eff.functional.stragglers.model import best_threshold, predicted
+from lightning_eff.functional.stragglers.simulated import parse_delay
+from lightning_eff.functional.stragglers.threshold import Timings
+from lightning_eff.functional.stragglers.timings import read_timings
+from lightning_eff.integration.loop import look_for_sigterm_once_per_window
 
 PERIOD = 4
 """Steps between two averagings of local SGD."""

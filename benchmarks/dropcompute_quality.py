@@ -31,8 +31,8 @@ from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import spread
 from examples.common.data import DigitsData, StdlibText
 from examples.common.modules import CharGPT, DigitsCNN
-from lightning_eff.functional.delays import LognormalDelay
-from lightning_eff.functional.dropcompute import completed
+from lightning_eff.functional.stragglers.simulated import LognormalDelay
+from lightning_eff.functional.stragglers.threshold import completed
 from lightning_eff.strategies import DropComputeStrategy
 
 RANKS, MICRO_BATCHES, WARM_UP = 2, 8, 0.1

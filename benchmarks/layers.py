@@ -16,8 +16,8 @@ from benchmarks._measure import Step, clock_for, interleave, threads
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._setup import FORMATS
 from benchmarks._stats import ratio, spread
-from lightning_eff.precision import config
-from lightning_eff.precision.convert import convert
+from lightning_eff.precision.formats import config
+from lightning_eff.precision.layers.convert import convert
 
 
 def layer_step(variant: str, size: int, rows: int, device: str) -> Step:

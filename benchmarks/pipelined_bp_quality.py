@@ -7,7 +7,7 @@ it grows with the micro-batch, from the paper's setting (micro-batches of one) t
 is too long for weight prediction; ``adaptive braking``, an optimizer of this file, stands beside it there.
 
 ``lr / limit`` says why: it is the learning rate over the largest one that is stable in the first stage, which has the
-longest delay, by the linear analysis (``lightning_eff.functional.stability``) and for the curvature that training
+longest delay, by the linear analysis of ``lightning_eff.functional`` and for the curvature that training
 without delays has led to in that stage's weights. Well below 1 the delay does not show, well above 1 it does.
 
 Two deep networks of narrow layers, with GroupNorm, on scikit-learn's digits: 16 residual linear layers (a delay of 30
@@ -39,8 +39,8 @@ from benchmarks._stats import spread
 from examples.common.compare import quiet
 from examples.common.data import DigitsData
 from lightning_eff.errors import EffWarning, NonFiniteGradientError
-from lightning_eff.functional.pipelined_bp import delay, scale_hyperparameters
-from lightning_eff.functional.stability import Mitigation, max_stable_lr, top_curvature
+from lightning_eff.functional.staleness.mitigation import delay, scale_hyperparameters
+from lightning_eff.functional.staleness.stability import Mitigation, max_stable_lr, top_curvature
 from lightning_eff.strategies import PipelinedBPStrategy
 
 REFERENCE_BATCH, REFERENCE_MOMENTUM = 32, 0.9

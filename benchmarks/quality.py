@@ -30,7 +30,7 @@ from examples.common.data import DigitsData, StdlibText
 from examples.common.modules import CharGPT, DigitsCNN
 from lightning_eff import precision
 from lightning_eff.methods import METHODS
-from lightning_eff.precision import config
+from lightning_eff.precision.formats import config
 
 LUQ_OPTIONS: dict[str, dict[str, Any]] = {
     "luq4-smp2": {"samples": 2},

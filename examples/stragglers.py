@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from examples.common.compare import quiet
 from examples.common.data import DigitsData
 from examples.common.modules import DigitsCNN
-from lightning_eff.functional.delays import Delay, parse_delay
+from lightning_eff.functional import Delay, parse_delay
 from lightning_eff.strategies import DropComputeStrategy
 
 RANKS, MICRO_BATCHES, BATCH_SIZE = 2, 8, 25

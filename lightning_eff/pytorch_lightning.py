@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from pytorch_lightning.plugins import Precision
     from pytorch_lightning.strategies import DDPStrategy
 
-    from lightning_eff.callbacks.gradient_pruning import GradientPruningMixin
-    from lightning_eff.callbacks.gradient_statistics import GradientStatisticsMixin
-    from lightning_eff.callbacks.low_precision import LowPrecisionMixin
-    from lightning_eff.callbacks.luq_fine_tuning import LUQFineTuningMixin
+    from lightning_eff.callbacks.gradients.pruning import GradientPruningMixin
+    from lightning_eff.callbacks.gradients.statistics import GradientStatisticsMixin
+    from lightning_eff.callbacks.precision.low_precision import LowPrecisionMixin
+    from lightning_eff.callbacks.precision.luq_fine_tuning import LUQFineTuningMixin
     from lightning_eff.precision.bf16 import BF16Mixin
     from lightning_eff.precision.bf16_emulated import BF16EmulatedMixin
     from lightning_eff.precision.dfp16 import DFP16Mixin
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from lightning_eff.precision.flexpoint import FlexpointMixin
     from lightning_eff.precision.fp8 import FP8Mixin
     from lightning_eff.precision.luq import LUQMixin
-    from lightning_eff.strategies.dropcompute import DropComputeMixin
-    from lightning_eff.strategies.pipelined_bp import PipelinedBPMixin
+    from lightning_eff.strategies.dropcompute.strategy import DropComputeMixin
+    from lightning_eff.strategies.pipelined_bp.strategy import PipelinedBPMixin
 
     class BF16EmulatedPrecision(BF16EmulatedMixin, Precision):
         """The bfloat16 study's recipe on any hardware: bfloat16 products, float32 everything else."""

@@ -20,7 +20,7 @@ import lightning_eff.callbacks
 import lightning_eff.precision
 from lightning_eff.methods import METHODS
 from lightning_eff.optim.steps import STEPS
-from lightning_eff.precision import config
+from lightning_eff.precision.formats import config
 
 BATCHES = 4
 

@@ -21,15 +21,16 @@ LEVELS = {
     "functional": 3,
     "kernels": 4,
     "optim": 5,
-    "integration": 6,
-    "precision": 7,
-    "strategies": 7,
-    "callbacks": 7,
-    "compose": 8,
-    "plan": 9,
-    "testing": 10,
-    "_runner": 11,
-    "__main__": 12,
+    "runtime": 6,
+    "integration": 7,
+    "precision": 8,
+    "strategies": 8,
+    "callbacks": 8,
+    "compose": 9,
+    "plan": 10,
+    "testing": 11,
+    "_run_script": 12,
+    "__main__": 13,
 }
 # The facades hold public names. They may import integration (which imports no Lightning by itself) when they are
 # imported, and everything else only inside functions, so that `import lightning_eff` stays light.
@@ -139,11 +140,11 @@ def test_imports_point_down_and_style_holds(file: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("lightning_eff.functional.luq", "import lightning"),
-        ("lightning_eff.functional.luq", "import numpy as np"),
-        ("lightning_eff.functional.luq", "from lightning_eff.kernels import gemm"),
-        ("lightning_eff.functional.luq", "from ..precision import luq"),
-        ("lightning_eff.functional.luq", "def f():\n    import matplotlib"),
+        ("lightning_eff.functional.numerics.luq", "import lightning"),
+        ("lightning_eff.functional.numerics.luq", "import numpy as np"),
+        ("lightning_eff.functional.numerics.luq", "from lightning_eff.kernels import gemm"),
+        ("lightning_eff.functional.numerics.luq", "from ...precision import luq"),
+        ("lightning_eff.functional.numerics.luq", "def f():\n    import matplotlib"),
         ("lightning_eff.kernels.gemm", "from lightning.pytorch import Trainer"),
         ("lightning_eff.kernels.gemm", "from lightning_eff import LUQPrecision"),
         ("lightning_eff.precision.luq", "from lightning_eff.callbacks.monitor import Monitor"),
@@ -162,9 +163,12 @@ def test_the_checker_flags_a_bad_import(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("lightning_eff.functional.luq", "import math\nimport torch\nfrom lightning_eff.functional import rounding"),
-        ("lightning_eff.functional.luq", "from . import rounding\nfrom ..errors import EffError"),
-        ("lightning_eff.kernels.gemm", "from lightning_eff.functional.luq import luq_codes"),
+        (
+            "lightning_eff.functional.numerics.luq",
+            "import torch\nfrom lightning_eff.functional import rounding",
+        ),
+        ("lightning_eff.functional.numerics.luq", "from . import rounding\nfrom ...errors import EffError"),
+        ("lightning_eff.kernels.gemm", "from lightning_eff.functional.numerics.luq import luq_codes"),
         ("lightning_eff.precision.luq", "import lightning\nfrom lightning_eff import errors"),
         ("lightning_eff.precision", "def __getattr__(name):\n    from lightning_eff import integration"),
         ("lightning_eff", "from lightning_eff.integration import install"),

@@ -29,25 +29,25 @@ from torch import nn
 from lightning_eff import LowPrecision
 from lightning_eff.checks import Choice, Either, Maybe, Names, Real, Whole, YesNo, check, shown
 from lightning_eff.errors import ConfigurationError, EffError
-from lightning_eff.functional.delays import LognormalDelay, SlowRankDelay, StallDelay, parse_delay
-from lightning_eff.functional.dfp16 import dfp_codes
-from lightning_eff.functional.dropcompute import extra_steps, gradient_factor
-from lightning_eff.functional.dropcompute_model import best_threshold, ideal_threshold, predicted
-from lightning_eff.functional.flexpoint import Autoflex, autoflex_init, flex_codes
-from lightning_eff.functional.float_format import FloatFormat
-from lightning_eff.functional.fp8 import DelayedScale
-from lightning_eff.functional.lognormal import FittedFormat, best_format, threshold_for
-from lightning_eff.functional.luq import HindsightMax, luq_scale, smp_quantize
+from lightning_eff.functional.numerics.dfp16 import dfp_codes
+from lightning_eff.functional.numerics.flexpoint import Autoflex, autoflex_init, flex_codes
+from lightning_eff.functional.numerics.float_format import FloatFormat
+from lightning_eff.functional.numerics.fp8 import DelayedScale
+from lightning_eff.functional.numerics.lognormal import FittedFormat, best_format, threshold_for
+from lightning_eff.functional.numerics.luq import HindsightMax, luq_scale, smp_quantize
+from lightning_eff.functional.numerics.sawb import sawb_codes
 from lightning_eff.functional.partition import balance
-from lightning_eff.functional.pipelined_bp import delay, spike_coefficients, utilisation
-from lightning_eff.functional.sawb import sawb_codes
-from lightning_eff.functional.stability import max_stable_lr
+from lightning_eff.functional.staleness.mitigation import delay, spike_coefficients, utilisation
+from lightning_eff.functional.staleness.stability import max_stable_lr
+from lightning_eff.functional.stragglers.model import best_threshold, ideal_threshold, predicted
+from lightning_eff.functional.stragglers.simulated import LognormalDelay, SlowRankDelay, StallDelay, parse_delay
+from lightning_eff.functional.stragglers.threshold import extra_steps, gradient_factor
 from lightning_eff.methods import METHODS
 from lightning_eff.optim import bf16_updates
 from lightning_eff.plan.dropcompute import plan_row
 from lightning_eff.plan.timings import DelaySource
-from lightning_eff.precision.convert import convert
-from lightning_eff.strategies.pipeline.mitigation import parse_mitigation
+from lightning_eff.precision.layers.convert import convert
+from lightning_eff.strategies.pipelined_bp.mitigation import parse_mitigation
 from tests.harness import run_ranks
 
 CALLS = 300

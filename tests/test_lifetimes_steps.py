@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_eff.precision
 from lightning_eff.errors import NonFiniteGradientError, UnsupportedCombinationError
-from lightning_eff.optim.bf16 import ShadowedOptimizer
+from lightning_eff.optim.bf16.wrapper import ShadowedOptimizer
 from lightning_eff.optim.steps import STEPS
 from tests.lifetimes import (  # noqa: F401
     Manual,

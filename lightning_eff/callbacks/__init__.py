@@ -12,10 +12,10 @@ from lightning_eff.integration.namespaces import class_getter, public_shells
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
-    from lightning_eff.callbacks.gradient_pruning import GradientPruningMixin
-    from lightning_eff.callbacks.gradient_statistics import GradientStatisticsMixin
-    from lightning_eff.callbacks.low_precision import LowPrecisionMixin
-    from lightning_eff.callbacks.luq_fine_tuning import LUQFineTuningMixin
+    from lightning_eff.callbacks.gradients.pruning import GradientPruningMixin
+    from lightning_eff.callbacks.gradients.statistics import GradientStatisticsMixin
+    from lightning_eff.callbacks.precision.low_precision import LowPrecisionMixin
+    from lightning_eff.callbacks.precision.luq_fine_tuning import LUQFineTuningMixin
 
     class GradientPruning(GradientPruningMixin, Callback):
         """Unbiased pruning of the gradients at layer outputs to a set share of zeros."""

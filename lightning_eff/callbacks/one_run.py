@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_eff.integration.runs import Run
 from lightning_eff.optim.steps import STEPS, Closure
+from lightning_eff.runtime.runs import Run
 
 
 class OneRunMixin:

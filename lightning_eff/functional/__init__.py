@@ -1,9 +1,9 @@
 """The mathematics of every method: tensors in, tensors out. Reads like the papers; imports no Lightning."""
 
-from lightning_eff.functional.bf16 import bf16_round, bf16_stochastic_round, join_fp32, kahan_step, split_fp32
-from lightning_eff.functional.formats import Codes, pack_int4, unpack_int4
-from lightning_eff.functional.fp8 import DelayedScale, fp8_codes, fp8_quantize, fp8_scale
-from lightning_eff.functional.luq import (
+from lightning_eff.functional.codes import Codes, pack_int4, unpack_int4
+from lightning_eff.functional.numerics.bf16 import bf16_round, bf16_stochastic_round, join_fp32, kahan_step, split_fp32
+from lightning_eff.functional.numerics.fp8 import DelayedScale, fp8_codes, fp8_quantize, fp8_scale
+from lightning_eff.functional.numerics.luq import (
     GRADIENT_ROUNDINGS,
     HindsightMax,
     fnt_learning_rate,
@@ -12,8 +12,8 @@ from lightning_eff.functional.luq import (
     luq_scale,
     smp_quantize,
 )
+from lightning_eff.functional.numerics.sawb import sawb_codes, sawb_quantize, sawb_scale
 from lightning_eff.functional.random import draw_seed, uniform_bits
-from lightning_eff.functional.sawb import sawb_codes, sawb_quantize, sawb_scale
 from lightning_eff.functional.statistics import saturated_share, sqnr_db, zero_share
 
 __all__ = [

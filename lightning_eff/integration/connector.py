@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_eff.errors import ConfigurationError
+from lightning_eff.integration.graft import check_strategy, graft, method_of
 from lightning_eff.integration.names import LIGHTNING_PRECISIONS, Request, parse_precision, unknown_precision
-from lightning_eff.integration.precision import check_strategy, graft, method_of
 
 __all__ = ["UnpatchableError", "is_patched", "patch_connector"]
 

@@ -21,7 +21,7 @@ from lightning_eff.errors import FallbackWarning
 from lightning_eff.integration.cli import register_with_jsonargparse, widen_precision
 from lightning_eff.integration.connector import is_patched, patch_connector
 from lightning_eff.integration.namespaces import NAMESPACES, Namespace
-from lightning_eff.integration.strategies import register_strategies
+from lightning_eff.integration.registry import register_strategies
 
 __all__ = ["install", "patch_namespace", "status"]
 

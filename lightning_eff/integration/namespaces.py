@@ -157,8 +157,8 @@ def public_shells(kind: Kind) -> dict[str, tuple[Kind, str]]:
     """Return class name -> (kind, ``"module:Mixin"``) of every public class of this kind."""
     rows = {info.class_name: (kind, info.shell) for info in METHODS.values() if info.kind == kind}
     if kind == "callback":
-        rows["LowPrecision"] = (kind, "lightning_eff.callbacks.low_precision:LowPrecisionMixin")
-        rows["LUQFineTuning"] = (kind, "lightning_eff.callbacks.luq_fine_tuning:LUQFineTuningMixin")
+        rows["LowPrecision"] = (kind, "lightning_eff.callbacks.precision.low_precision:LowPrecisionMixin")
+        rows["LUQFineTuning"] = (kind, "lightning_eff.callbacks.precision.luq_fine_tuning:LUQFineTuningMixin")
     return rows
 
 

@@ -1,6 +1,6 @@
 """Run a project that may not be touched: its script becomes ``__main__``, with our strings registered.
 
-The module ``lightning_eff._runner`` is ``__main__`` while the script runs, and the script's path travels in the
+The module ``lightning_eff._run_script`` is ``__main__`` while the script runs, and the script's path travels in the
 environment. Lightning's launcher starts the ranks above 0 as ``python -m <name of __main__'s spec> argv[1:]``, which is
 the runner again; children of ``multiprocessing`` with the spawn method import it as ``__mp_main__``, as they would the
 script. (``runpy.run_path`` loses both: those processes would start the bare script, without the strings.)
@@ -25,7 +25,7 @@ __all__ = ["SCRIPT_VARIABLE", "check_target", "prepare", "run_script"]
 SCRIPT_VARIABLE = "LIGHTNING_EFF_SCRIPT"
 """Environment variable with the script's absolute path, or ``"-m package.module"``."""
 
-_RUNNER = "lightning_eff._runner"
+_RUNNER = "lightning_eff._run_script"
 
 
 def check_target(target: str, *, as_module: bool) -> None:

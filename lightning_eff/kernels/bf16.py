@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_eff.functional import bf16 as functional
+from lightning_eff.functional.numerics import bf16 as functional
 from lightning_eff.kernels.operands import CPU, MASK64, kernels_for, pointer, threads, wrote
 
 _HALF, _WHOLE, _LOWER = torch.bfloat16, torch.float32, torch.int16
@@ -27,7 +27,7 @@ def _kernels_for(*tensors: Tensor | None) -> ctypes.CDLL | None:
 
 
 def write_stochastic(weight: Tensor, value: Tensor, seed: int) -> None:
-    """Overwrite ``weight`` with :func:`lightning_eff.functional.bf16.bf16_stochastic_round` of ``value``.
+    """Overwrite ``weight`` with :func:`lightning_eff.functional.bf16_stochastic_round` of ``value``.
 
     Args:
         weight: bfloat16.
@@ -51,7 +51,7 @@ def write_stochastic(weight: Tensor, value: Tensor, seed: int) -> None:
 
 
 def write_kahan(weight: Tensor, compensation: Tensor, update: Tensor, *, is_sum: bool = False) -> None:
-    """Overwrite ``weight`` and ``compensation`` with what :func:`lightning_eff.functional.bf16.kahan_step` returns.
+    """Overwrite ``weight`` and ``compensation`` with what :func:`lightning_eff.functional.kahan_step` returns.
 
     Args:
         weight: bfloat16.
@@ -79,7 +79,7 @@ def write_kahan(weight: Tensor, compensation: Tensor, update: Tensor, *, is_sum:
 
 
 def write_split(weight: Tensor, lo: Tensor, value: Tensor) -> None:
-    """Overwrite ``weight`` and ``lo`` with the halves of :func:`lightning_eff.functional.bf16.split_fp32`.
+    """Overwrite ``weight`` and ``lo`` with the halves of :func:`lightning_eff.functional.split_fp32`.
 
     Args:
         weight: bfloat16.
@@ -105,7 +105,7 @@ def write_split(weight: Tensor, lo: Tensor, value: Tensor) -> None:
 
 
 def join_fp32(hi: Tensor, lo: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """See :func:`lightning_eff.functional.bf16.join_fp32`; ``out`` is a float32 tensor to use."""
+    """See :func:`lightning_eff.functional.join_fp32`; ``out`` is a float32 tensor to use."""
     hi = hi.detach()
     out = torch.empty(hi.shape, dtype=torch.float32, device=hi.device) if out is None else out
     kernels = _kernels_for(hi, lo, out)

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.formats import Codes
-from lightning_eff.functional.fp8 import E4M3
+from lightning_eff.functional.codes import Codes
+from lightning_eff.functional.numerics.fp8 import E4M3
 from lightning_eff.kernels.build import LIMIT_S, cpu_facts, library, measurement_key, obtained
 from lightning_eff.kernels.cache import cache_directory, in_usable_folder, locked, read_trusted, write_trusted
 from lightning_eff.kernels.compiler import find_compiler

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.formats import Codes
+from lightning_eff.functional.codes import Codes
 from lightning_eff.kernels.geometry import (
     EXACT_TERMS,
     Geometry,

@@ -13,8 +13,8 @@ import struct
 import torch
 from torch import Tensor
 
-from lightning_eff.functional import float_format as plain
-from lightning_eff.functional.float_format import FloatFormat, Infinity, Rounding, check_choices, unencodable
+from lightning_eff.functional.numerics import float_format as plain
+from lightning_eff.functional.numerics.float_format import FloatFormat, Infinity, Rounding, check_choices, unencodable
 from lightning_eff.functional.random import draw_seed
 from lightning_eff.kernels.operands import FLOATS, MASK64, TYPES, empty, kernels_for, pointer, prepared, threads
 
@@ -76,7 +76,7 @@ def quantize(
     infinity: Infinity = "propagate",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Values of ``fmt``, see :func:`lightning_eff.functional.float_format.quantize`; the result is contiguous."""
+    """Values of ``fmt``, see :func:`lightning_eff.functional.quantize`; the result is contiguous."""
     check_choices(rounding, infinity)
     kernels = _library_for(x)
     if kernels is None:
@@ -95,7 +95,7 @@ def encode(
     seed: int | None = None,
     infinity: Infinity = "propagate",
 ) -> Tensor:
-    """Codes of ``fmt``, see :func:`lightning_eff.functional.float_format.encode`; the result is contiguous."""
+    """Codes of ``fmt``, see :func:`lightning_eff.functional.encode`; the result is contiguous."""
     check_choices(rounding, infinity)
     kernels = _library_for(x)
     if kernels is None:

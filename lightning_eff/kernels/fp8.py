@@ -1,4 +1,4 @@
-"""FP8 casts with the numbers of :mod:`lightning_eff.functional.fp8`, one pass each, and products on FP8 units.
+"""FP8 casts with the numbers of :mod:`lightning_eff.functional.numerics.fp8`, one pass each, and products on FP8 units.
 
 On the CPU a code is used as the bfloat16 number it stands for (exact), because products of bfloat16 are what the
 processor has; the byte is what is kept for backward. GPUs from compute capability 8.9 on multiply the bytes themselves.
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_eff import functional
-from lightning_eff.functional.formats import Codes
-from lightning_eff.functional.fp8 import E4M3, E5M2, LARGEST, largest_along
+from lightning_eff.functional.codes import Codes
+from lightning_eff.functional.numerics.fp8 import E4M3, E5M2, LARGEST, largest_along
 from lightning_eff.kernels.operands import CPU, FLOATS, TYPES, buffer, empty, kernels_for, pointer, prepared, threads
 from lightning_eff.kernels.quantize import largest_magnitude
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_eff import functional
-from lightning_eff.functional.formats import Codes
-from lightning_eff.functional.fp8 import E4M3, E5M2
+from lightning_eff.functional.codes import Codes
+from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
 from lightning_eff.kernels.operands import FLOATS, TYPES, buffer, empty, kernels_for, pointer, prepared, threads
 
 _FORMATS = {E4M3: 0, E5M2: 1}

@@ -30,7 +30,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.formats import Codes
+from lightning_eff.functional.codes import Codes
 from lightning_eff.kernels.fp8 import fp8_product
 from lightning_eff.kernels.int16 import halves, int16_product
 from lightning_eff.kernels.operands import TYPES, empty, kernels_for, pointer, threads, without_autocast

@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from lightning_eff.functional import lognormal as plain
+from lightning_eff.functional.numerics import lognormal as plain
 from lightning_eff.functional.random import draw_seed
 from lightning_eff.kernels.operands import (
     CPU,
@@ -27,7 +27,7 @@ from lightning_eff.kernels.operands import (
 
 
 def stochastic_prune(x: Tensor, threshold: float | Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-    """Prune as :func:`lightning_eff.functional.lognormal.stochastic_prune` does.
+    """Prune as :func:`lightning_eff.functional.stochastic_prune` does.
 
     Args:
         x: any floating tensor.

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_eff import functional
-from lightning_eff.functional.formats import Codes
-from lightning_eff.functional.luq import Rounding
+from lightning_eff.functional.codes import Codes
+from lightning_eff.functional.numerics.luq import Rounding
+from lightning_eff.functional.numerics.sawb import COEFFICIENTS, Unsigned
 from lightning_eff.functional.random import draw_seed
-from lightning_eff.functional.sawb import COEFFICIENTS, Unsigned
 from lightning_eff.kernels.operands import (
     CPU,
     FLOATS,

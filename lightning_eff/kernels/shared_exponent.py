@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_eff.functional import dfp16, flexpoint
-from lightning_eff.functional.flexpoint import Rounding
-from lightning_eff.functional.formats import Codes
+from lightning_eff.functional.codes import Codes
+from lightning_eff.functional.numerics import dfp16, flexpoint
+from lightning_eff.functional.numerics.flexpoint import Rounding
 from lightning_eff.functional.random import draw_seed
 from lightning_eff.kernels.operands import (
     CPU,
@@ -41,7 +41,7 @@ def integer_encode(
     out: Tensor | None = None,
     observed: Tensor | None = None,
 ) -> Codes:
-    """Integers in units of a given scale, see :func:`lightning_eff.functional.flexpoint.integer_codes`.
+    """Integers in units of a given scale, see :func:`lightning_eff.functional.integer_codes`.
 
     Args:
         x: any floating tensor.
@@ -89,7 +89,7 @@ def integer_encode(
 
 
 def round_to_scale_(x: Tensor, scale: Tensor, *, bits: int = 16, observed: Tensor | None = None) -> Tensor:
-    """Overwrite ``x`` with :func:`lightning_eff.functional.flexpoint.round_to_scale` of it: a write in Flexpoint.
+    """Overwrite ``x`` with :func:`lightning_eff.functional.round_to_scale` of it: a write in Flexpoint.
 
     NaN and Inf stay where they are, all other elements are rounded. Whether a broken tensor is an error is for the
     caller to decide, who sees it in ``observed``.
@@ -130,7 +130,7 @@ def round_to_scale_(x: Tensor, scale: Tensor, *, bits: int = 16, observed: Tenso
 
 
 def dfp_encode(x: Tensor, *, bits: int = 16, out: Tensor | None = None) -> Codes:
-    """DFP-16 codes, see :func:`lightning_eff.functional.dfp16.dfp_codes`: one pass for the maximum, one for the codes.
+    """DFP-16 codes, see :func:`lightning_eff.functional.dfp_codes`: one pass for the maximum, one for the codes.
 
     Args:
         x: any floating tensor.

@@ -29,7 +29,7 @@ ROWS = (
         name="dropcompute",
         kind="strategy",
         class_name="DropComputeStrategy",
-        shell="lightning_eff.strategies.dropcompute:DropComputeMixin",
+        shell="lightning_eff.strategies.dropcompute.strategy:DropComputeMixin",
         summary="Data parallelism that does not wait for stragglers: late ranks drop micro-batches.",
         paper=(
             "Giladi, Gottlieb, Shkolnik, Karnieli, Banner, Hoffer, Levy, Soudry: DropCompute: simple and more "
@@ -61,7 +61,7 @@ ROWS = (
         name="pipelined_bp",
         kind="strategy",
         class_name="PipelinedBPStrategy",
-        shell="lightning_eff.strategies.pipelined_bp:PipelinedBPMixin",
+        shell="lightning_eff.strategies.pipelined_bp.strategy:PipelinedBPMixin",
         summary="Pipeline parallelism without bubble: stages update at once and allow for late gradients.",
         paper=(
             "Kosson, Chiley, Venigalla, Hestness, Köster: Pipelined backpropagation at scale: training large "
@@ -103,7 +103,7 @@ ROWS = (
         name="gradient_pruning",
         kind="callback",
         class_name="GradientPruning",
-        shell="lightning_eff.callbacks.gradient_pruning:GradientPruningMixin",
+        shell="lightning_eff.callbacks.gradients.pruning:GradientPruningMixin",
         summary="Unbiased pruning of the gradients at layer outputs to a set share of zeros.",
         paper=(
             "Chmiel, Ben-Uri, Shkolnik, Hoffer, Banner, Soudry: Neural gradients are near-lognormal: improved "
@@ -125,7 +125,7 @@ ROWS = (
         name="gradient_statistics",
         kind="callback",
         class_name="GradientStatistics",
-        shell="lightning_eff.callbacks.gradient_statistics:GradientStatisticsMixin",
+        shell="lightning_eff.callbacks.gradients.statistics:GradientStatisticsMixin",
         summary="Measures how wide neural gradients are and recommends a float format for each layer.",
         paper=(
             "Chmiel, Ben-Uri, Shkolnik, Hoffer, Banner, Soudry: Neural gradients are near-lognormal: improved "

@@ -250,9 +250,9 @@ def _sums(found: dict[str, Any]) -> str:
 
 
 HINDSIGHT = Record({"value": Real(0, FLOAT32_MAX, nan="before the first step")})
-"""State of :class:`lightning_eff.functional.luq.HindsightMax`."""
+"""State of :class:`lightning_eff.functional.HindsightMax`."""
 DELAYED = Record({"history": ListOf(MAGNITUDE), "max_abs": Maybe(Real(0, above=True))}, also=_looked_back)
-"""State of :class:`lightning_eff.functional.fp8.DelayedScale`."""
+"""State of :class:`lightning_eff.functional.DelayedScale`."""
 AUTOFLEX = Record(
     {
         "scale": PowerOfTwo(),
@@ -261,11 +261,11 @@ AUTOFLEX = Record(
         "initialised": YesNo(),
     }
 )
-"""State of :class:`lightning_eff.functional.flexpoint.Autoflex`."""
+"""State of :class:`lightning_eff.functional.Autoflex`."""
 
 
 def fitted_format(bits: int) -> Record:
-    """State of :class:`lightning_eff.functional.lognormal.FittedFormat`."""
+    """State of :class:`lightning_eff.functional.FittedFormat`."""
 
     def in_float32(found: dict[str, Any]) -> str:
         e, bias = found["exponent_bits"], found["bias"]

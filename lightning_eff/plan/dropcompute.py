@@ -26,9 +26,9 @@ from torch import Generator
 
 from lightning_eff.checks import Whole, check
 from lightning_eff.errors import ConfigurationError, MissingDependencyError
-from lightning_eff.functional.delays import parse_delay
-from lightning_eff.functional.dropcompute import check_min_micro_batches, completed, compute_times
-from lightning_eff.functional.dropcompute_model import MIN_GAIN, best_threshold, ideal_speedup, ideal_threshold
+from lightning_eff.functional.stragglers.model import MIN_GAIN, best_threshold, ideal_speedup, ideal_threshold
+from lightning_eff.functional.stragglers.simulated import parse_delay
+from lightning_eff.functional.stragglers.threshold import check_min_micro_batches, completed, compute_times
 from lightning_eff.plan.timings import BootstrapSource, DelaySource, FittedSource, Source, read_timings
 
 WINDOW_STEPS = 44

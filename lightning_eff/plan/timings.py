@@ -1,6 +1,6 @@
 """Where planned steps come from: a recorded run resampled to any number of workers, fitted, or simulated.
 
-The file format of recorded runs is :mod:`lightning_eff.functional.timings`; strategies write it.
+The file format of recorded runs is :mod:`lightning_eff.functional.stragglers.timings`; strategies write it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Generator, Tensor
 
 from lightning_eff.checks import Real, Whole, check
-from lightning_eff.functional.delays import Delay
-from lightning_eff.functional.dropcompute import Timings
-from lightning_eff.functional.timings import read_timings, write_timings
+from lightning_eff.functional.stragglers.simulated import Delay
+from lightning_eff.functional.stragglers.threshold import Timings
+from lightning_eff.functional.stragglers.timings import read_timings, write_timings
 
 __all__ = ["BootstrapSource", "DelaySource", "FittedSource", "Source", "read_timings", "write_timings"]
 
@@ -111,7 +111,7 @@ class DelaySource:
     """A simulated cluster: equal micro-batches and a delay.
 
     Args:
-        delay: from :func:`lightning_eff.functional.delays.parse_delay`.
+        delay: from :func:`lightning_eff.functional.parse_delay`.
         micro_batches: M.
         base_s: undisturbed time of a micro-batch, seconds.
         other_s: time of a step outside the loop, seconds.

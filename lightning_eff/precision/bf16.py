@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from lightning_eff.checks import Choice, check
 from lightning_eff.errors import NoEffectWarning, UnsupportedCombinationError
-from lightning_eff.integration.precision import check_strategy
-from lightning_eff.integration.runs import Run
+from lightning_eff.integration.graft import check_strategy
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.optim.bf16 import ShadowedOptimizer, Update, bf16_updates
-from lightning_eff.optim.handover import Left, hand_over, left_by, take_back, versions
+from lightning_eff.optim.bf16.handover import Left, hand_over, left_by, take_back, versions
+from lightning_eff.optim.bf16.wrapper import ShadowedOptimizer, Update, bf16_updates
 from lightning_eff.optim.steps import Closure
-from lightning_eff.precision.config import variant_of
+from lightning_eff.precision.formats.config import variant_of
+from lightning_eff.precision.layers.state import seed_of_rank_0
 from lightning_eff.precision.run import RunMixin
-from lightning_eff.precision.state import seed_of_rank_0
+from lightning_eff.runtime.runs import Run
 
 VARIANTS = {"sr": "bf16-sr", "kahan": "bf16-kahan", "split": "bf16-split"}
 """Update -> string."""

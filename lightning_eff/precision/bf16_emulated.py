@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.base import QuantizedPrecisionMixin
-from lightning_eff.precision.config import BF16EmulatedConfig, OnNonFinite, options_from
+from lightning_eff.precision.formats.config import BF16EmulatedConfig, OnNonFinite, options_from
+from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 
 
 class BF16EmulatedMixin(QuantizedPrecisionMixin):

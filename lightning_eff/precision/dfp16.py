@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.base import QuantizedPrecisionMixin
-from lightning_eff.precision.config import IntegerConfig, OnNonFinite, Products, options_from
+from lightning_eff.precision.formats.config import IntegerConfig, OnNonFinite, Products, options_from
+from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 
 
 class DFP16Mixin(QuantizedPrecisionMixin):

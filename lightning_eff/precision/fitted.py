@@ -14,9 +14,9 @@ from rich.table import Table
 
 from lightning_eff.checks import Choice, check
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.base import QuantizedPrecisionMixin
-from lightning_eff.precision.config import FittedConfig, OnNonFinite, options_from, variant_of
-from lightning_eff.precision.fitted_format import FittedScale
+from lightning_eff.precision.formats.config import FittedConfig, OnNonFinite, options_from, variant_of
+from lightning_eff.precision.formats.fitted import FittedScale
+from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 
 VARIANTS = {8: "fp8-fit", 6: "fp6-fit"}
 """Bits -> string."""

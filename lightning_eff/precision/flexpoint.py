@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.flexpoint import round_to_scale
+from lightning_eff.functional.numerics.flexpoint import round_to_scale
 from lightning_eff.kernels.quantize import largest_magnitude
 from lightning_eff.kernels.shared_exponent import integer_encode, round_to_scale_
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.base import QuantizedPrecisionMixin
-from lightning_eff.precision.config import FlexpointConfig, MasterWeights, OnNonFinite, Products, options_from
-from lightning_eff.precision.memory import Memory
-from lightning_eff.precision.state import seed_of_rank_0
+from lightning_eff.precision.formats.config import FlexpointConfig, MasterWeights, OnNonFinite, Products, options_from
+from lightning_eff.precision.formats.history import Memory
+from lightning_eff.precision.layers.state import seed_of_rank_0
+from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"})
 """Optimizer state that steps are divided by: in 16 bits its small elements become zero and the steps explode."""

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from lightning_eff.checks import Choice, check
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.base import QuantizedPrecisionMixin
-from lightning_eff.precision.config import FP8Config, OnNonFinite, Products, Scaling, options_from, variant_of
+from lightning_eff.precision.formats.config import FP8Config, OnNonFinite, Products, Scaling, options_from, variant_of
+from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 
 VARIANTS = {"tensorwise": "fp8", "rowwise": "fp8-rowwise", "delayed": "fp8-delayed"}
 """Scaling -> string."""

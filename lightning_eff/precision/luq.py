@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from lightning_eff.functional.luq import Rounding
-from lightning_eff.functional.sawb import Unsigned
+from lightning_eff.functional.numerics.luq import Rounding
+from lightning_eff.functional.numerics.sawb import Unsigned
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.base import QuantizedPrecisionMixin
-from lightning_eff.precision.config import LUQConfig, OnNonFinite, Products, options_from
+from lightning_eff.precision.formats.config import LUQConfig, OnNonFinite, Products, options_from
+from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 
 
 class LUQMixin(QuantizedPrecisionMixin):

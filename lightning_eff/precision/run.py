@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_eff.integration.runs import Run
 from lightning_eff.optim.steps import STEPS, Closure
-from lightning_eff.precision.sharded import zero_engine
+from lightning_eff.precision.layers.sharded import zero_engine
+from lightning_eff.runtime.runs import Run
 
 
 class RunMixin:

@@ -13,8 +13,8 @@ from lightning_eff.integration.namespaces import class_getter, public_shells
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy
 
-    from lightning_eff.strategies.dropcompute import DropComputeMixin
-    from lightning_eff.strategies.pipelined_bp import PipelinedBPMixin
+    from lightning_eff.strategies.dropcompute.strategy import DropComputeMixin
+    from lightning_eff.strategies.pipelined_bp.strategy import PipelinedBPMixin
 
     class DropComputeStrategy(DropComputeMixin, DDPStrategy):  # type: ignore[misc]
         """Data parallelism that does not wait for stragglers: a compute threshold and one weighted all-reduce."""

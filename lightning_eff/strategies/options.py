@@ -20,8 +20,8 @@ from lightning_eff.checks import (
     Whole,
     YesNo,
 )
-from lightning_eff.functional.delays import Delay
-from lightning_eff.functional.dropcompute import NORMALIZE
+from lightning_eff.functional.stragglers.simulated import Delay
+from lightning_eff.functional.stragglers.threshold import NORMALIZE
 
 UNSETTLED_STEPS = 5
 """Steps at the beginning of a run whose times say nothing about later ones."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import dropcompute, dropcompute_quality
-from lightning_eff.functional.dropcompute import Timings
+from lightning_eff.functional.stragglers.threshold import Timings
 
 Main = Callable[[Sequence[str]], int]
 

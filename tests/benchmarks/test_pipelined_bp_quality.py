@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import pipelined_bp_quality as quality
 from benchmarks.pipelined_bp_quality import BRAKING, SGD, AdaptiveBraking, Setting, train
-from lightning_eff.strategies.pipeline.layers import find_stack
+from lightning_eff.strategies.pipelined_bp.stack import find_stack
 
 
 def rows(folder: Path) -> list[dict]:

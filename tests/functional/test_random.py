@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_eff.functional import draw_seed, uniform_bits
 from lightning_eff.functional.random import ROW, mix32, rank_seed, uniform
-from tests.functional.bounds import FALSE_ALARM
+from tests.bounds import FALSE_ALARM
 from tests.harness import run_ranks
 
 N = 1 << 20

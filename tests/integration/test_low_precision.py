@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_eff.errors import ConfigurationError, UnknownMethodError, UnsupportedCombinationError
-from lightning_eff.integration.precision import method_of
+from lightning_eff.integration.graft import method_of
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_eff.errors import ConfigurationError, UnknownMethodError, UnsupportedCombinationError
-from lightning_eff.integration.precision import check_strategy, graft, method_of, strategy_family
+from lightning_eff.integration.graft import check_strategy, graft, method_of, strategy_family
 from tests.integration.demo_shell import INFO, DemoLinear, DemoMixin
 
 

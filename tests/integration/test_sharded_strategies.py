@@ -19,9 +19,9 @@ import pytest
 from torch import nn
 
 from lightning_eff.errors import UnsupportedCombinationError
-from lightning_eff.integration.precision import check_strategy, strategy_family
+from lightning_eff.integration.graft import check_strategy, strategy_family
 from lightning_eff.methods import METHODS
-from lightning_eff.precision.sharded import own_class, with_base
+from lightning_eff.precision.layers.sharded import own_class, with_base
 from tests.harness import run_ranks
 from tests.harness.ranks import _free_port
 from tests.integration.conftest import ROOT, ROOTS

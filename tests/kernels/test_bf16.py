@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_eff.functional import bf16 as functional
+from lightning_eff.functional.numerics import bf16 as functional
 from lightning_eff.kernels import bf16, build
 from tests.harness import keep_globals
 

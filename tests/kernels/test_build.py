@@ -19,7 +19,7 @@ PROGRAM = """
 import warnings, torch
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    from lightning_eff.functional.formats import Codes
+    from lightning_eff.functional.codes import Codes
     from lightning_eff.kernels.build import library
     from lightning_eff.kernels.geometry import Geometry
     from lightning_eff.kernels import convolution, products, quantize

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from lightning_eff.functional.formats import Codes
+from lightning_eff.functional.codes import Codes
 from lightning_eff.kernels import convolution, products
 from lightning_eff.kernels.convolution import _gather_indexed, conv_forward, conv_input_grad, conv_weight_grad, gather
 from lightning_eff.kernels.geometry import Geometry, Triple, emulated_weight_grad

@@ -12,12 +12,12 @@ from hypothesis import given
 from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError
-from lightning_eff.functional import float_format as plain
-from lightning_eff.functional.float_format import E4M3, E5M2, FloatFormat, Infinity, Rounding
+from lightning_eff.functional.numerics import float_format as plain
+from lightning_eff.functional.numerics.float_format import E4M3, E5M2, FloatFormat, Infinity, Rounding
 from lightning_eff.kernels import build
 from lightning_eff.kernels import float_format as compiled
-from tests.functional.bounds import lognormal
-from tests.functional.test_float_format import FORMATS, all_float16, name
+from tests.bounds import lognormal
+from tests.functional.numerics.test_float_format import FORMATS, all_float16, name
 from tests.harness import keep_globals
 
 SIZES = (0, 1, 2047, 2048, 2049, 40_000)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_eff.functional import fp8_codes
-from lightning_eff.functional.fp8 import E4M3, E5M2
+from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
 from lightning_eff.kernels.build import library
 from lightning_eff.kernels.fp8 import fp8_decode, fp8_encode
 

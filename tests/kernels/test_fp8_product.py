@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.formats import Codes
-from lightning_eff.functional.fp8 import E4M3, E5M2, fp8_codes
+from lightning_eff.functional.codes import Codes
+from lightning_eff.functional.numerics.fp8 import E4M3, E5M2, fp8_codes
 from lightning_eff.kernels.fp8 import fp8_encode, fp8_product
 
 SHAPES = [(1, 1, 1), (7, 20, 9), (32, 64, 48), (17, 16, 16), (16, 33, 31)]

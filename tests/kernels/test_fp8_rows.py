@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional import fp8_codes
-from lightning_eff.functional.formats import Codes
-from lightning_eff.functional.fp8 import E4M3, E5M2
+from lightning_eff.functional.codes import Codes
+from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
 from lightning_eff.kernels.build import library
 from lightning_eff.kernels.fp8 import fp8_decode
 from lightning_eff.kernels.fp8_rows import fp8_encode_along, fp8_encode_both

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.float_format import FloatFormat
-from lightning_eff.functional.formats import Codes
-from lightning_eff.functional.fp8 import E4M3, E5M2
+from lightning_eff.functional.codes import Codes
+from lightning_eff.functional.numerics.float_format import FloatFormat
+from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
 from lightning_eff.kernels import bf16, float_format, fp8, fp8_rows, int16, products, pruning, quantize, relu
 from lightning_eff.kernels import shared_exponent as shared
 from lightning_eff.kernels.convolution import conv_forward, conv_input_grad, conv_weight_grad

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lightning_eff
 from lightning_eff.errors import InternalError
-from lightning_eff.functional.formats import Codes
+from lightning_eff.functional.codes import Codes
 from lightning_eff.kernels import bf16, build, fp8, products, quantize, relu
 from lightning_eff.kernels import shared_exponent as shared
 from lightning_eff.kernels.operands import FLOATS, buffer, empty, matrix_pointer, memory, pointer, prepared, wrote

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from lightning_eff.functional.formats import Codes
+from lightning_eff.functional.codes import Codes
 from lightning_eff.kernels import products
 from lightning_eff.kernels.products import code_product, rescale, scaled_product
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from lightning_eff.functional import lognormal as plain
+from lightning_eff.functional.numerics import lognormal as plain
 from lightning_eff.kernels import build
 from lightning_eff.kernels import pruning as compiled
-from tests.functional.bounds import lognormal
+from tests.bounds import lognormal
 from tests.harness import keep_globals
 
 

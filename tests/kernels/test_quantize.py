@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 
 from lightning_eff import functional
-from lightning_eff.functional.sawb import COEFFICIENTS, FLAT, Unsigned
+from lightning_eff.functional.numerics.sawb import COEFFICIENTS, FLAT, Unsigned
 from lightning_eff.kernels import build, quantize
-from tests.functional.bounds import lognormal
+from tests.bounds import lognormal
 from tests.harness import keep_globals
 
 SIZES = (0, 1, 2, 3, 63, 2047, 2048, 2049, 4097, 32767, 32768, 32769, 100_003)  # blocks of 2048, threads from 32768

@@ -12,12 +12,12 @@ from hypothesis import given
 from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError
-from lightning_eff.functional.dfp16 import dfp_codes
-from lightning_eff.functional.flexpoint import Rounding, flex_quantize, integer_codes, round_to_scale
-from lightning_eff.functional.formats import Codes
+from lightning_eff.functional.codes import Codes
+from lightning_eff.functional.numerics.dfp16 import dfp_codes
+from lightning_eff.functional.numerics.flexpoint import Rounding, flex_quantize, integer_codes, round_to_scale
 from lightning_eff.kernels import build
 from lightning_eff.kernels.shared_exponent import dfp_encode, integer_encode, round_to_scale_
-from tests.functional.bounds import lognormal
+from tests.bounds import lognormal
 from tests.harness import keep_globals
 
 SIZES = (0, 1, 2047, 2048, 2049, 40_000)

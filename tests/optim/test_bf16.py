@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
-from lightning_eff.functional.bf16 import join_fp32
+from lightning_eff.functional.numerics.bf16 import join_fp32
 from lightning_eff.optim import UPDATES, bf16_updates
-from lightning_eff.optim.bf16 import ShadowedOptimizer
+from lightning_eff.optim.bf16.wrapper import ShadowedOptimizer
 
 Make = Callable[[Any], Optimizer]
 
@@ -128,7 +128,7 @@ def test_updating_in_parts_changes_nothing(name: str, monkeypatch: pytest.Monkey
     """torch's optimizers are run over a few parameters at a time; a subclass of the user's over all at once."""
     shapes, ends = ((5, 7), (9, 3), (2, 2), (40, 3), (1, 1)), []
     for part in (1, 40, 1 << 20):
-        monkeypatch.setattr("lightning_eff.optim.bf16._PART", part)
+        monkeypatch.setattr("lightning_eff.optim.bf16.wrapper._PART", part)
         params = weights(shapes=shapes)
         optimizer = bf16_updates(OPTIMIZERS[name](params))
         train(optimizer, params, gradients(10, shapes))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_eff.errors import CheckpointError
 from lightning_eff.optim import bf16_updates
-from lightning_eff.optim.noise import Streams, noise_seed, stream_of
+from lightning_eff.optim.bf16.noise import Streams, noise_seed, stream_of
 
 SIZE = 512
 

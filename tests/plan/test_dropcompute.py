@@ -14,21 +14,21 @@ from rich.console import Console
 from torch import Generator
 
 from lightning_eff.errors import ConfigurationError, MissingDependencyError, UnknownMethodError
-from lightning_eff.functional.delays import LognormalDelay, StallDelay
-from lightning_eff.functional.dropcompute import Timings, check_timings
-from lightning_eff.functional.dropcompute_model import (
+from lightning_eff.functional.stragglers.model import (
     best_threshold,
     expected_micro_batches,
     expected_slowest,
     predicted,
 )
-from lightning_eff.functional.timings import write_timings
+from lightning_eff.functional.stragglers.simulated import LognormalDelay, StallDelay
+from lightning_eff.functional.stragglers.threshold import Timings, check_timings
+from lightning_eff.functional.stragglers.timings import write_timings
 from lightning_eff.plan import PLANNERS
 from lightning_eff.plan import main as plan
 from lightning_eff.plan.dropcompute import Row, figure, main, plan_row, simulate, table
 from lightning_eff.plan.timings import BootstrapSource, DelaySource
-from tests.functional.bounds import FALSE_ALARM
-from tests.functional.test_dropcompute_model import exact_largest_normal
+from tests.bounds import FALSE_ALARM
+from tests.functional.stragglers.test_model import exact_largest_normal
 
 INF = math.inf
 LOGNORMAL = DelaySource(LognormalDelay(), 12, other_s=0.5)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from lightning_eff.functional.delays import LognormalDelay
-from lightning_eff.functional.dropcompute import Timings, check_timings
-from lightning_eff.functional.dropcompute_model import best_threshold, predicted
+from lightning_eff.functional.stragglers.model import best_threshold, predicted
+from lightning_eff.functional.stragglers.simulated import LognormalDelay
+from lightning_eff.functional.stragglers.threshold import Timings, check_timings
 from lightning_eff.plan.timings import BootstrapSource, DelaySource, FittedSource, Source
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.functional.formats import Codes
-from lightning_eff.precision.config import LayerConfig
-from lightning_eff.precision.convert import Conversion, convert
-from lightning_eff.precision.formats import Format, GradCodes, SavedInput, WeightCodes
-from lightning_eff.precision.state import LayerState
+from lightning_eff.functional.codes import Codes
+from lightning_eff.precision.formats.base import Format, GradCodes, SavedInput, WeightCodes
+from lightning_eff.precision.formats.config import LayerConfig
+from lightning_eff.precision.layers.convert import Conversion, convert
+from lightning_eff.precision.layers.state import LayerState
 
 
 class ExactFormat(Format):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.precision.config import LUQConfig
-from lightning_eff.precision.convert import Conversion, convert
+from lightning_eff.precision.formats.config import LUQConfig
+from lightning_eff.precision.layers.convert import Conversion, convert
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 ALL = LUQConfig(exempt_first_last=False)

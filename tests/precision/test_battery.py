@@ -14,10 +14,10 @@ from torch import nn
 import lightning_eff.precision
 from lightning_eff.errors import ConfigurationError, EffWarning, NonFiniteGradientError, UnsupportedCombinationError
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision import config
-from lightning_eff.precision.base import QuantizedPrecisionMixin
-from lightning_eff.precision.convert import convert
-from lightning_eff.precision.memory import advance
+from lightning_eff.precision.formats import config
+from lightning_eff.precision.formats.history import advance
+from lightning_eff.precision.layers.convert import convert
+from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 from tests.harness import run_ranks
 from tests.precision.models import NAMESPACES, parameters_of, task, trainer
 from tests.precision.test_resume import ResumableLoader

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import lightning_eff.precision
 from lightning_eff.errors import ConfigurationError, EffWarning, NoEffectWarning, UnsupportedCombinationError
-from lightning_eff.functional.bf16 import join_fp32
-from lightning_eff.integration.precision import graft
+from lightning_eff.functional.numerics.bf16 import join_fp32
+from lightning_eff.integration.graft import graft
 from tests.harness import run_ranks
 from tests.precision.models import DATA, NAMESPACES, TARGET, parameters_of, task, trainer
 from tests.precision.test_resume import ResumableLoader

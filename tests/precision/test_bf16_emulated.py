@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_eff.functional import bf16_round
-from lightning_eff.precision.config import BF16EmulatedConfig
-from lightning_eff.precision.convert import convert
+from lightning_eff.precision.formats.config import BF16EmulatedConfig
+from lightning_eff.precision.layers.convert import convert
 from tests.precision.models import task, trainer
 
 BF16 = 2.0**-8

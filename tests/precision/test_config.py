@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_eff.errors import ConfigurationError
-from lightning_eff.precision.config import LUQConfig
+from lightning_eff.precision.formats.config import LUQConfig
 from tests.precision.models import converted
 
 BAD: list[tuple[str, Any]] = [

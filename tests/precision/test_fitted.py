@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional import fp8_quantize
-from lightning_eff.functional.float_format import FloatFormat, quantize
-from lightning_eff.functional.lognormal import SHIFT, best_format, lognormal_fit
+from lightning_eff.functional.numerics.float_format import FloatFormat, quantize
+from lightning_eff.functional.numerics.lognormal import SHIFT, best_format, lognormal_fit
 from lightning_eff.precision import FittedPrecision
-from lightning_eff.precision.config import FittedConfig
-from lightning_eff.precision.convert import convert
-from lightning_eff.precision.fitted_format import E2M3, _due
-from lightning_eff.precision.memory import advance
+from lightning_eff.precision.formats.config import FittedConfig
+from lightning_eff.precision.formats.fitted import E2M3, _due
+from lightning_eff.precision.formats.history import advance
+from lightning_eff.precision.layers.convert import convert
 from tests.precision.models import task, trainer
 from tests.precision.test_fp8 import close
 

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 import lightning_eff.pytorch_lightning as standalone
 from lightning_eff.errors import ConfigurationError, NonFiniteGradientError
 from lightning_eff.functional import fp8_quantize
-from lightning_eff.functional.fp8 import E4M3, E5M2
+from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
 from lightning_eff.precision import FP8Precision
-from lightning_eff.precision.config import FP8Config
-from lightning_eff.precision.convert import convert
+from lightning_eff.precision.formats.config import FP8Config
+from lightning_eff.precision.layers.convert import convert
 from tests.precision.models import parameters_of, task, trainer
 
 CONFIG = FP8Config(exempt_first_last=False, filter_slow=False)
@@ -26,7 +26,7 @@ BF16 = 2.0**-8
 
 @pytest.fixture(autouse=True)
 def _small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_eff.precision.config.SLOW_FEATURES", 0)
+    monkeypatch.setattr("lightning_eff.precision.formats.config.SLOW_FEATURES", 0)
 
 
 def close(ours: torch.Tensor | None, theirs: torch.Tensor, terms: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_eff.precision.config import (
+from lightning_eff.precision.formats.config import (
     BF16EmulatedConfig,
     FittedConfig,
     FlexpointConfig,
@@ -19,9 +19,9 @@ from lightning_eff.precision.config import (
     LayerConfig,
     LUQConfig,
 )
-from lightning_eff.precision.convert import convert
-from lightning_eff.precision.memory import advance
-from lightning_eff.precision.state import SeedStream
+from lightning_eff.precision.formats.history import advance
+from lightning_eff.precision.layers.convert import convert
+from lightning_eff.precision.layers.state import SeedStream
 from tests.kernels.worlds import DEVICE, DTYPES, GRADIENTS, MEMORY, PRODUCTS, THREADS, same_everywhere
 
 CPU = torch.device("cpu")

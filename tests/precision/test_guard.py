@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_eff.errors import NonFiniteGradientError
 from lightning_eff.methods import METHODS
-from lightning_eff.precision import config
-from lightning_eff.precision.base import QuantizedPrecisionMixin
-from lightning_eff.precision.sharded import broken_names
+from lightning_eff.precision.formats import config
+from lightning_eff.precision.layers.sharded import broken_names
+from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 from tests.precision.models import loader, parameters_of, task, trainer
 
 PRECISIONS = [info for info in METHODS.values() if info.kind == "precision"]

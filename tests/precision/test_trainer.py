@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_eff.errors import ConfigurationError, EffWarning, NoEffectWarning, NonFiniteGradientError
-from lightning_eff.precision.layers import LinearTwin
+from lightning_eff.precision.layers.linear import LinearTwin
 from tests.precision.models import NAMESPACES, body, fit, loader, parameters_of, task, trainer
 
 PRECISIONS = ("luq4", "luq4+bf16-mixed", "luq4+bf16-true")
@@ -176,7 +176,7 @@ def test_with_other_options_of_the_trainer(options: dict[str, Any]) -> None:
 
 
 def test_accumulated_steps_share_the_weights_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_eff.precision import luq_format
+    from lightning_eff.precision.formats import luq as luq_format
 
     shapes: list[Any] = []
     original = luq_format.sawb_encode

@@ -20,8 +20,8 @@ from torch import nn
 
 from lightning_eff.errors import CheckpointError, EffError, EffWarning
 from lightning_eff.functional import DelayedScale, HindsightMax
-from lightning_eff.functional.flexpoint import Autoflex
-from lightning_eff.functional.lognormal import FittedFormat
+from lightning_eff.functional.numerics.flexpoint import Autoflex
+from lightning_eff.functional.numerics.lognormal import FittedFormat
 from lightning_eff.methods import METHODS
 from lightning_eff.optim import bf16_updates
 from lightning_eff.precision import FP8Precision

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from lightning_eff.errors import RankLostError
 from tests.harness import RanksFailedError, run_ranks
-from tests.strategies import models, pipeline_models
-from tests.strategies.test_dropcompute_faults import REPORTED_S, TIMEOUT_S, OwnError
+from tests.strategies import models
+from tests.strategies.dropcompute.test_faults import REPORTED_S, TIMEOUT_S, OwnError
+from tests.strategies.pipelined_bp import models as pipeline_models
 
 LONG = pytest.mark.long
 STRATEGIES = ("dropcompute", "pipelined_bp")

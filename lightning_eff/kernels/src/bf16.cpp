@@ -1,6 +1,6 @@
 // bfloat16 weights: stochastic rounding, Kahan compensation, split, join and a step of SGD, each in one pass.
 //
-// The rules and the random bits are those of lightning_eff/functional/bf16.py; a test holds both equal bit for bit.
+// The rules and the random bits are those of lightning_eff/functional/numerics/bf16.py; a test holds both equal bit for bit.
 // Blocks of BLOCK elements are the rows of the random stream, so results do not depend on the number of threads.
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // Rounding to floating-point formats of up to eight bits: one pass to values or to codes, for the CPU.
 //
-// Every decision is that of lightning_eff/functional/float_format.py (same hash of the element's position, same
+// Every decision is that of lightning_eff/functional/numerics/float_format.py (same hash of the element's position, same
 // comparisons): a test holds both equal bit for bit. Blocks of BLOCK elements, so results do not depend on the number
 // of threads. Compile with -ffp-contract=off.
 //

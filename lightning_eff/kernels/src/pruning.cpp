@@ -1,4 +1,4 @@
-// Unbiased stochastic pruning in one pass, for the CPU. Every decision is that of lightning_eff/functional/lognormal.py
+// Unbiased stochastic pruning in one pass, for the CPU. Every decision is that of lightning_eff/functional/numerics/lognormal.py
 // (same hash of the element's position, same comparisons): a test holds both equal bit for bit.
 //
 // Element types: 0 = float32, 1 = bfloat16.

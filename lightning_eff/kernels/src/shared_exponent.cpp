@@ -1,6 +1,6 @@
 // Integers in units of one scale per tensor (Flexpoint, DFP-16), for the CPU: one pass that also measures max|x|.
 //
-// Every decision is that of lightning_eff/functional/flexpoint.py (same hash of the element's position, same
+// Every decision is that of lightning_eff/functional/numerics/flexpoint.py (same hash of the element's position, same
 // comparisons): a test holds both equal bit for bit. Blocks of BLOCK elements, so results do not depend on the number
 // of threads. Compile with -ffp-contract=off.
 //

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_eff.precision.config import LUQConfig
-from lightning_eff.precision.convert import convert
+from lightning_eff.precision.formats.config import LUQConfig
+from lightning_eff.precision.layers.convert import convert
 from tests.integration.sharded.models import DATA, TARGET, Net, Task, asked_for, digest, kinds, run
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lightning_eff
 from lightning_eff.errors import NonFiniteGradientError
-from lightning_eff.precision.twins import Twin
+from lightning_eff.precision.layers.twins import Twin
 
 WIDTH = 24
 DATA = torch.randn(64, 12, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,1 @@
+"""Callbacks that look at the gradients of layers' outputs, or prune them."""

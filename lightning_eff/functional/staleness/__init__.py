@@ -1,0 +1,1 @@
+"""Gradients that come late: schedules of delays, mitigation, stability."""

@@ -1,0 +1,1 @@
+"""Ranks of unequal speed: thresholds on compute time, its distribution, simulated delays, recorded times."""

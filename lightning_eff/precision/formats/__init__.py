@@ -1,0 +1,1 @@
+"""Number formats as layers use them, each with its options."""

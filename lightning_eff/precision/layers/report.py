@@ -1,0 +1,45 @@
+"""What a run prints about its layers: the table before step 0 and sizes in units people read."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_eff.precision.layers.convert import Conversion
+
+WIDTH = 110
+"""Columns of the table where the output is no terminal (a log file), so that reasons stay on one line."""
+
+
+def console() -> Console:
+    """A console as wide as the terminal, or :data:`WIDTH` columns in a log file."""
+    found = Console()
+    return found if found.is_terminal else Console(width=max(found.width, WIDTH))
+
+
+def readable_bytes(count: int) -> str:
+    """Bytes in KiB or MiB.
+
+    Example:
+        >>> readable_bytes(3072), readable_bytes(5 << 20)
+        ('3.0 KiB', '5.0 MiB')
+    """
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def conversion_table(conversion: Conversion, *, title: str, formats: str) -> Table:
+    """Every layer with weights and its formats, or why it was left alone.
+
+    Args:
+        conversion: what was done.
+        title: heading.
+        formats: formats and products of a converted layer.
+    """
+    table = Table(title=title, title_justify="left")
+    for column in ("layer", "type", "weight", "input x weight, gradient: products"):
+        table.add_column(column, overflow="fold")
+    for row in conversion.rows:
+        shape = "x".join(map(str, row.shape)) or "-"
+        done = f"{formats}; {row.note}" if row.note else formats
+        table.add_row(row.name or "(model)", row.kind, shape, f"[dim]{row.reason}[/dim]" if row.reason else done)
+    return table

@@ -1,0 +1,1 @@
+"""Synchronous training that bounds the compute time of a step."""

@@ -1,0 +1,242 @@
+"""What a pipeline cannot do is refused before the first step; what will go wrong is said."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_eff.errors import (
+    ConfigurationError,
+    EffWarning,
+    NoEffectWarning,
+    NonFiniteGradientError,
+    RankLostError,
+    UnsupportedCombinationError,
+)
+from lightning_eff.functional.staleness import stability
+from lightning_eff.strategies.pipelined_bp.mitigation import Mitigation
+from lightning_eff.strategies.pipelined_bp.weights import Weights
+
+MUCH = 1.0
+"""D (1 - m) above which no mitigation here can be expected to help; with a large learning rate it fails earlier."""
+
+
+def refuse(trainer: Any, num_stages: Any, positions: int) -> None:
+    """Raise for what this Trainer asks for and a pipeline cannot do."""
+    model = trainer.lightning_module
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    reasons = {
+        "manual optimization": (
+            not model.automatic_optimization,
+            "it runs forward, backward and step by itself. Remove self.automatic_optimization = False",
+        ),
+        f"accumulate_grad_batches={trainer.accumulate_grad_batches}": (
+            trainer.accumulate_grad_batches != 1,
+            "every micro-batch is an update. Set it to 1, and scale the learning rate to the smaller batch",
+        ),
+        "precision='16-mixed'": (
+            scaler is not None,
+            "its loss scaler would have to agree over stages that are at different samples. Use 'bf16-mixed'",
+        ),
+        "torch.compile of the whole LightningModule": (
+            getattr(model, "_compiler_ctx", None) is not None,
+            "a pipeline runs its layers one by one. Compile the layers",
+        ),
+    }
+    for what, (applies, why) in reasons.items():
+        if applies:
+            raise UnsupportedCombinationError(f"'pipelined_bp' cannot be combined with {what}: {why}.")
+    averaging = [
+        type(callback).__name__
+        for callback in trainer.callbacks
+        if positions > 1 and any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__)
+    ]
+    if averaging:
+        raise UnsupportedCombinationError(
+            f"'pipelined_bp' cannot be combined with {averaging[0]}: after a step a rank has the weights of its own "
+            "stages alone. Average checkpoints afterwards, or use StochasticWeightAveraging (between epochs)."
+        )
+    _refuse_callbacks(trainer, model, pipelines=num_stages != 1)
+    if isinstance(num_stages, int) and num_stages < positions:
+        raise ConfigurationError(
+            f"stages={num_stages} cannot be spread over {positions} processes. Use Trainer(devices={num_stages})."
+        )
+    if num_stages == 1:
+        warnings.warn(
+            "pipelined_bp changes nothing with one stage in one process. Use Trainer(devices=2), or stages=4 to "
+            "compute the delays of a pipeline of four in one process.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+
+
+def _refuse_callbacks(trainer: Any, model: nn.Module, *, pipelines: bool) -> None:
+    """Raise for callbacks that change, while the run goes on, how many micro-batches an update has."""
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    for callback in trainer.callbacks:
+        kinds = {kind.__name__ for kind in type(callback).__mro__}
+        if "GradientAccumulationScheduler" in kinds and set(callback.scheduling.values()) != {1}:
+            raise UnsupportedCombinationError(
+                "'pipelined_bp' cannot be combined with GradientAccumulationScheduler: every micro-batch is an update. "
+                "Remove it."
+            )
+        if "BaseFinetuning" in kinds and pipelines:
+            raise UnsupportedCombinationError(
+                f"'pipelined_bp' cannot be combined with {type(callback).__name__}, which unfreezes parameters while "
+                "the run goes on. Freeze them before fit, and begin another fit to train others."
+            )
+        if "StochasticWeightAveraging" in kinds and normed:
+            raise UnsupportedCombinationError(
+                "'pipelined_bp' cannot be combined with StochasticWeightAveraging of a model with BatchNorm, which "
+                "adds an epoch without updates to measure its statistics anew. Use GroupNorm or LayerNorm."
+            )
+
+
+class Trained:
+    """Which parameters are trained; a stage is made of those that are when it is cut."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._were = [(p, p.requires_grad) for p in model.parameters()]
+        self._groups = self._sizes()
+
+    def _sizes(self) -> list[int]:
+        return [len(group["params"]) for group in self._optimizer.param_groups]
+
+    def check(self) -> None:
+        """Raise an UnsupportedCombinationError if others are by now: they would never be updated."""
+        now = list(self._model.parameters())
+        if len(now) != len(self._were) or any(p is not q for p, (q, _) in zip(now, self._were, strict=True)):
+            raise UnsupportedCombinationError(
+                "'pipelined_bp' cannot be combined with what replaces, adds or removes layers while the run goes on. "
+                "Change the model before fit, or between two."
+            )
+        if any(p.requires_grad != was for p, was in self._were) or self._sizes() != self._groups:
+            raise UnsupportedCombinationError(
+                "'pipelined_bp' cannot be combined with what freezes or unfreezes parameters while the run goes on "
+                "(BaseFinetuning, add_param_group). Freeze them before fit, and begin another fit to train others."
+            )
+
+
+def refuse_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise for optimizers that a pipeline cannot run."""
+    if len(optimizers) != 1:
+        raise UnsupportedCombinationError(
+            f"'pipelined_bp' needs one optimizer and configure_optimizers returned {len(optimizers)}. Give one "
+            "optimizer several parameter groups instead."
+        )
+    if isinstance(optimizers[0], torch.optim.LBFGS):
+        raise UnsupportedCombinationError(
+            "'pipelined_bp' cannot be combined with LBFGS, which computes the loss several times in a step. Use SGD "
+            "with momentum, or Adam."
+        )
+
+
+def refuse_memories(plugin: Any, positions: int) -> None:
+    """Raise for a precision whose layers predict scales: each rank would remember, and save, its own layers' alone."""
+    memories = getattr(plugin, "_memories", None)
+    if positions > 1 and memories is not None and memories():
+        raise UnsupportedCombinationError(
+            f"'pipelined_bp' over {positions} processes cannot be combined with {plugin.info.name!r}, whose layers "
+            "predict scales from the steps before: a resumed run would go on from other ones. Use one process "
+            "(stages=...), or a precision without memory: 'luq4', 'fp8-rowwise', 'dfp16', 'bf16-emulated'."
+        )
+
+
+def refuse_after_error(left: Any) -> None:
+    """Raise if this rank has left the others: the weights of their stages are not to be had.
+
+    Raises:
+        RankLostError: ``left`` is not None.
+    """
+    if left is not None and left.world > 1:
+        raise RankLostError(
+            f"pipelined_bp: no checkpoint can be made after an error: rank {left.rank} holds the weights of its own "
+            "stages alone. Save checkpoints while the run goes on (ModelCheckpoint)."
+        )
+
+
+def warn_if_unstable(
+    optimizer: torch.optim.Optimizer, mitigation: Mitigation, delays: Sequence[int], curved: Sequence[float | None]
+) -> None:
+    """Warn where the analysis says that a stage cannot train, or will not train well.
+
+    Args:
+        optimizer: the user's; all but SGD is passed over.
+        mitigation: what is done about the delay.
+        delays: of every stage.
+        curved: largest curvature of the loss in the directions of every stage's weights, where it is known.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    group = max(optimizer.param_groups, key=lambda group: float(group["lr"]))
+    lr, momentum = float(group["lr"]), float(group["momentum"])
+    effective = delays[0] * (1 - momentum)
+    if momentum and effective > MUCH:
+        warnings.warn(
+            f"pipelined_bp: a delay of {delays[0]} updates with momentum {momentum:g} is D(1-m) = {effective:.1f}. "
+            "Prediction and compensation help up to about 1. Use smaller micro-batches with the hyperparameters "
+            "scaled to them (lightning_eff.functional.scale_hyperparameters), fewer stages, or adaptive "
+            "braking (Venigalla et al. 2020), which is for such delays.",
+            EffWarning,
+            stacklevel=2,
+        )
+    name: Any = str(mitigation) if str(mitigation) in get_args(stability.Mitigation) else "none"
+    limits = [
+        (stability.max_stable_lr(curvature, delay, momentum, mitigation=name), stage, delay, curvature)
+        for stage, (delay, curvature) in enumerate(zip(delays, curved, strict=True))
+        if curvature is not None and curvature > 0
+    ]
+    if limits and lr > min(limits)[0]:
+        limit, stage, delay, curvature = min(limits)
+        warnings.warn(
+            f"pipelined_bp: lr={lr:g} with momentum {momentum:g} is not stable in stage {stage}, with a delay of "
+            f"{delay} and a curvature of {curvature:.3g}; with {name!r} the limit is {limit:.3g} (linear analysis). "
+            "Lower lr to that, warm it up, or use adaptive braking.",
+            EffWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_other_stages(before: list[str], in_flight_before: int, starts: list[str], in_flight: int) -> None:
+    """Warn that a checkpoint is of a pipeline that was cut elsewhere."""
+    warnings.warn(
+        f"pipelined_bp: the checkpoint's stages begin at {before} with in_flight={in_flight_before}, this run's at "
+        f"{starts} with in_flight={in_flight}. Weights and optimizer are restored; delays begin anew, as at the "
+        "beginning of a run.",
+        EffWarning,
+        stacklevel=2,
+    )
+
+
+def check_finite(model: nn.Module, weights: Weights, on_nonfinite: str) -> None:
+    """Stop a NaN or Inf gradient before it reaches a parameter. Every rank sees those of its own stages.
+
+    Raises:
+        NonFiniteGradientError: unless ``on_nonfinite`` is "warn".
+    """
+    present = [(p, p.grad) for p in weights.parameters if p.grad is not None and p.grad.numel()]
+    grads = [(p, g.coalesce().values() if g.is_sparse else g) for p, g in present]
+    # The largest element would say the same, 20 times as slowly (CPU).
+    if not grads or bool(torch.stack(torch._foreach_norm([g for _, g in grads])).isfinite().all()):
+        return
+    broken = {id(p) for p, g in grads if not bool(g.isfinite().all())}
+    names = [name for name, p in model.named_parameters() if id(p) in broken]
+    if not names:  # squares of finite numbers that are too large
+        return
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    message = (
+        f"pipelined_bp: the gradient of micro-batch {weights.updates} is NaN or Inf on rank {rank} in {len(names)} "
+        f"parameters: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
+    )
+    if on_nonfinite == "raise":
+        raise NonFiniteGradientError(
+            message + "No parameter of this rank's stages was changed by it. Lower the learning rate or clip gradients "
+            "(with delays training is unstable earlier, see the method's card); on_nonfinite='warn' goes on regardless."
+        )
+    warnings.warn(message + "The optimizer step goes on as asked.", EffWarning, stacklevel=2)
