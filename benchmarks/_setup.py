@@ -49,8 +49,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16-emulated": ("BF16EmulatedConfig", {}),
     **{variant: ("LUQConfig", options) for variant, options in LUQ_VARIANTS.items()},
 }
-"""Variant with converted layers -> class in ``lightning_eff.precision.formats.config`` and its options. Each also exists
-with ``+bf16-mixed``."""
+"""Variant with converted layers -> class in ``lightning_eff.precision.formats.config`` and its options. Each also
+exists with ``+bf16-mixed``."""
 
 BF16_UPDATES = {"bf16-sr": "sr", "bf16-kahan": "kahan", "bf16-split": "split"}
 """Variant with bfloat16 weights -> ``update`` of ``lightning_eff.optim.bf16_updates``."""

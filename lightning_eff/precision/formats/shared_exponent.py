@@ -28,7 +28,7 @@ LARGEST = 2**15 - 1
 
 @dataclass(frozen=True)
 class DFP16Format(Format):
-    """One exponent for a tensor, from its largest magnitude; a :class:`~lightning_eff.precision.formats.base.Format`."""
+    """One exponent for a tensor, from its largest magnitude; a :class:`~.base.Format`."""
 
     config: IntegerConfig
 
