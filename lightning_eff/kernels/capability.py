@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.fp8 import E4M3
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3
 from lightning_eff.kernels.build import LIMIT_S, cpu_facts, library, measurement_key, obtained
 from lightning_eff.kernels.cache import cache_directory, in_usable_folder, locked, read_trusted, write_trusted
 from lightning_eff.kernels.compiler import find_compiler
@@ -86,7 +86,7 @@ def measure_fp8(device: torch.device) -> Measured:
     """The FP8 product against the one in bfloat16; see :func:`measure_int8`."""
     a, b, product = _small_integers(torch.float32, 8, device)
     one, wide = torch.ones((), dtype=torch.float32, device=device), (a.to(torch.bfloat16), b.to(torch.bfloat16))
-    left, right = Codes(a.to(E4M3), one), Codes(b.t().contiguous().to(E4M3).t(), one)
+    left, right = Codes(a.to(FP8_E4M3), one), Codes(b.t().contiguous().to(FP8_E4M3).t(), one)
     return _timed(lambda: fp8_product(left, right), lambda: torch.mm(*wide), product)
 
 

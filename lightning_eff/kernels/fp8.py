@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lightning_eff import functional
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2, LARGEST, largest_along
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2, LARGEST, largest_along
 from lightning_eff.kernels.operands import CPU, FLOATS, TYPES, buffer, empty, kernels_for, pointer, prepared, threads
 from lightning_eff.kernels.quantize import largest_magnitude
 
-_FORMATS = {E4M3: 0, E5M2: 1}
+_FORMATS = {FP8_E4M3: 0, FP8_E5M2: 1}
 ALIGNMENT = 16
 """What CUDA wants the inner and the right outer size of an FP8 product to be a multiple of."""
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lightning_eff import functional
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2
 from lightning_eff.kernels.operands import FLOATS, TYPES, buffer, empty, kernels_for, pointer, prepared, threads
 
-_FORMATS = {E4M3: 0, E5M2: 1}
+_FORMATS = {FP8_E4M3: 0, FP8_E5M2: 1}
 
 
 def fp8_encode_along(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.numerics import float_format as plain
-from lightning_eff.functional.numerics.float_format import E4M3, E5M2, FloatFormat, Infinity, Rounding
+from lightning_eff.functional.numerics.float_format import E4M3, E5M2, FloatFormat, FloatRounding, Infinity
 from lightning_eff.kernels import build
 from lightning_eff.kernels import float_format as compiled
 from tests.bounds import lognormal
@@ -21,7 +21,7 @@ from tests.functional.numerics.test_float_format import FORMATS, all_float16, na
 from tests.harness import keep_globals
 
 SIZES = (0, 1, 2047, 2048, 2049, 40_000)
-ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
+ROUNDINGS: tuple[FloatRounding, ...] = ("nearest", "stochastic")
 INFINITIES: tuple[Infinity, ...] = ("propagate", "saturate")
 
 
@@ -80,7 +80,7 @@ def test_sizes_dtypes_and_threads(size: int, dtype: torch.dtype, threads: int) -
     exponent=st.integers(-149, 126),
     rounding=st.sampled_from(ROUNDINGS),
 )
-def test_any_float32_is_rounded_alike(fmt: FloatFormat, seed: int, exponent: int, rounding: Rounding) -> None:
+def test_any_float32_is_rounded_alike(fmt: FloatFormat, seed: int, exponent: int, rounding: FloatRounding) -> None:
     generator = torch.Generator().manual_seed(seed % 2**63)
     x = torch.randn(300, generator=generator, dtype=torch.float64).mul(2.0**exponent).float()
     found = compiled.quantize(x, fmt, rounding=rounding, seed=seed)
