@@ -17,8 +17,8 @@ Within = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def one_update_less_late() -> Any:
-    right = weights.delay
-    return replaced(weights, "delay", lambda *given, **named: max(0, right(*given, **named) - 1))
+    right = weights.stage_delay
+    return replaced(weights, "stage_delay", lambda *given, **named: max(0, right(*given, **named) - 1))
 
 
 def backward_with_the_forwards_weights() -> Any:
