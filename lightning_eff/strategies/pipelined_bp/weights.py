@@ -152,7 +152,7 @@ class Weights:
         Written through .data: graphs in flight go on to read these parameters, whatever is in them.
         """
         kept = [(stage, seen) for stage, seen, _ in passes if seen is not None]
-        predictions = [how for stage, seen, ahead in passes if seen is None for how in self._predictions(stage, ahead)]
+        predictions = [how for stage, seen, ahead in passes if seen is None for how in self.predictions_of(stage, ahead)]
         self._changed = [p for stage, _ in kept for p in stage.parameters]
         self._changed += [p for how in predictions for p in how.parameters]
         if not self._changed:
@@ -167,7 +167,7 @@ class Weights:
         for how in predictions:
             how.apply([p.data for p in how.parameters])
 
-    def _predictions(self, stage: Stage, ahead: float) -> list[Prediction]:
+    def predictions_of(self, stage: Stage, ahead: float) -> list[Prediction]:
         """How the weights as they are now are turned into those ``ahead`` updates from now."""
         if not ahead:
             return []
@@ -190,7 +190,7 @@ class Weights:
         """A copy of the weights, ``ahead`` updates from now."""
         copies = [p.detach().clone() for p in stage.parameters]
         copy_of = {id(p): copy for p, copy in zip(stage.parameters, copies, strict=True)}
-        for how in self._predictions(stage, ahead):
+        for how in self.predictions_of(stage, ahead):
             how.apply([copy_of[id(p)] for p in how.parameters])
         return copies
 
@@ -203,7 +203,7 @@ class Weights:
         Args:
             step: the optimizer's own, without closure.
         """
-        self._keep_versions()
+        self.keep_versions()
         for stage in self.stages:
             if "lwp_w" in self.mitigation.parts and stage.delay:
                 stage.previous = [p.detach().clone() for p in stage.parameters]
@@ -214,13 +214,13 @@ class Weights:
     @torch.no_grad()
     def skip_update(self) -> None:
         """The oldest sample has no gradient (``training_step`` returned None): its update changes nothing."""
-        self._keep_versions()
+        self.keep_versions()
         for stage in self.stages:  # and no backward pass that is to see these
             while stage.stashed and stage.stashed[0][0] <= self.updates:
                 stage.stashed.popleft()
         self.updates += 1
 
-    def _keep_versions(self) -> None:
+    def keep_versions(self) -> None:
         """Keep the weights that are about to be updated where a later forward pass is to see them."""
         for stage in self.stages:
             if stage.delay and self.updates >= max(0, self.samples - stage.delay):
