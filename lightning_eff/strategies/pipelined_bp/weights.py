@@ -152,7 +152,9 @@ class Weights:
         Written through .data: graphs in flight go on to read these parameters, whatever is in them.
         """
         kept = [(stage, seen) for stage, seen, _ in passes if seen is not None]
-        predictions = [how for stage, seen, ahead in passes if seen is None for how in self.predictions_of(stage, ahead)]
+        predictions = [
+            how for stage, seen, ahead in passes if seen is None for how in self.predictions_of(stage, ahead)
+        ]
         self._changed = [p for stage, _ in kept for p in stage.parameters]
         self._changed += [p for how in predictions for p in how.parameters]
         if not self._changed:
