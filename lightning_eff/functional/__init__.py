@@ -73,7 +73,7 @@ from lightning_eff.functional.numerics import (
     unencodable,
 )
 from lightning_eff.functional.partition import balance
-from lightning_eff.functional.random import draw_seed, mix32, rank_seed, uniform, uniform_bits
+from lightning_eff.functional.random import draw_seed, mix32, mix64, rank_seed, uniform, uniform_bits
 from lightning_eff.functional.staleness import (
     Dynamics,
     Operation,
@@ -224,6 +224,7 @@ __all__ = [
     "luq_scale",
     "max_stable_lr",
     "mix32",
+    "mix64",
     "momentum_dynamics",
     "nadam_direction",
     "pack_int4",

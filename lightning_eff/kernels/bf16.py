@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.numerics import bf16 as functional
-from lightning_eff.kernels.operands import CPU, MASK64, kernels_for, pointer, threads, wrote
+from lightning_eff.functional.random import MASK64
+from lightning_eff.kernels.operands import CPU, kernels_for, pointer, threads, wrote
 
 _HALF, _WHOLE, _LOWER = torch.bfloat16, torch.float32, torch.int16
 

@@ -21,8 +21,8 @@ from lightning_eff.functional.numerics.float_format import (
     check_choices,
     unencodable,
 )
-from lightning_eff.functional.random import draw_seed
-from lightning_eff.kernels.operands import FLOATS, MASK64, TYPES, empty, kernels_for, pointer, prepared, threads
+from lightning_eff.functional.random import MASK64, draw_seed
+from lightning_eff.kernels.operands import FLOATS, TYPES, empty, kernels_for, pointer, prepared, threads
 
 _CODES = 2
 

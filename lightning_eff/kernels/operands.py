@@ -26,8 +26,6 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Element types that kernels read and write, by the number that tells them which."""
 FLOATS = tuple(TYPES)
 CPU = torch.device("cpu")
-MASK64 = (1 << 64) - 1
-"""Seeds are 64 bits."""
 
 
 def kernels_for(*tensors: Tensor | None) -> ctypes.CDLL | None:

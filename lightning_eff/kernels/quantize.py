@@ -15,11 +15,10 @@ from lightning_eff import functional
 from lightning_eff.functional.codes import Codes
 from lightning_eff.functional.numerics.luq import GradientRounding
 from lightning_eff.functional.numerics.sawb import COEFFICIENTS, Unsigned
-from lightning_eff.functional.random import draw_seed
+from lightning_eff.functional.random import MASK64, draw_seed
 from lightning_eff.kernels.operands import (
     CPU,
     FLOATS,
-    MASK64,
     TYPES,
     buffer,
     empty,

@@ -13,11 +13,10 @@ from torch import Tensor
 from lightning_eff.functional.codes import Codes
 from lightning_eff.functional.numerics import dfp16, flexpoint
 from lightning_eff.functional.numerics.flexpoint import IntegerRounding
-from lightning_eff.functional.random import draw_seed
+from lightning_eff.functional.random import MASK64, draw_seed
 from lightning_eff.kernels.operands import (
     CPU,
     FLOATS,
-    MASK64,
     TYPES,
     buffer,
     empty,

@@ -32,9 +32,10 @@ from torch.optim import Optimizer
 
 from lightning_eff.checks import Choice, check
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
+from lightning_eff.functional.random import MASK64
 from lightning_eff.kernels.bf16 import SGDRule, join_fp32, sgd_step, write_kahan, write_split, write_stochastic
 from lightning_eff.optim.bf16.checkpoint import KEPT, SCALARS, read_updates
-from lightning_eff.optim.bf16.noise import MASK64, Streams, noise_seed
+from lightning_eff.optim.bf16.noise import Streams, noise_seed
 from lightning_eff.optim.bf16.shadows import Room, empty_shadow, widened
 from lightning_eff.optim.bf16.states import widen_states
 
