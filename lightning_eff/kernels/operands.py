@@ -25,6 +25,8 @@ from lightning_eff.kernels.build import library
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Element types that kernels read and write, by the number that tells them which."""
 FLOATS = tuple(TYPES)
+FP8_FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
+"""Formats of FP8 codes, by the number that tells kernels which."""
 CPU = torch.device("cpu")
 
 

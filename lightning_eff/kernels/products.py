@@ -37,8 +37,8 @@ from lightning_eff.kernels.operands import TYPES, empty, kernels_for, pointer, t
 
 INT8_TERM = 128 * 128
 """Largest magnitude of a product of two int8 codes."""
-_INT32_TERMS = (2**31 - 1) // INT8_TERM
-_FLOAT32_TERMS = 2**24 // INT8_TERM
+INT32_TERMS = (2**31 - 1) // INT8_TERM
+FLOAT32_TERMS = 2**24 // INT8_TERM
 _OTHER_TERMS = 1 << 20
 """Terms of sums that are float64 or are rounded anyway: those of int16 units and of values that are no integers."""
 
@@ -125,7 +125,7 @@ def sum_of_products(pairs: Iterable[tuple[Tensor, Tensor]], *, native: bool) -> 
                 elif borrowed:
                     total = total.clone()
                 borrowed = False
-            part, overwritten = _product(left, right, native)
+            part, overwritten = single_product(left, right, native)
             if total is None:
                 total, borrowed = part, overwritten
             else:
@@ -142,7 +142,7 @@ def _longest_sum(a: Tensor, b: Tensor, native: bool) -> int:
     small = a.dtype == b.dtype == torch.int8
     if a.is_floating_point() or (native and a.dtype == b.dtype == torch.int16) or (a.is_cpu and not small):
         return _OTHER_TERMS
-    return _INT32_TERMS if native and small else _FLOAT32_TERMS
+    return INT32_TERMS if native and small else FLOAT32_TERMS
 
 
 def _cut(a: Tensor, b: Tensor, limit: int) -> Iterable[tuple[Tensor, Tensor]]:
@@ -153,7 +153,7 @@ def _cut(a: Tensor, b: Tensor, limit: int) -> Iterable[tuple[Tensor, Tensor]]:
     return zip(a.split(limit, 1), b.split(limit, 0), strict=True)
 
 
-def _product(a: Tensor, b: Tensor, native: bool) -> tuple[Tensor, bool]:
+def single_product(a: Tensor, b: Tensor, native: bool) -> tuple[Tensor, bool]:
     """``a @ b``, of few enough terms, and whether it lies in a buffer that the next product overwrites."""
     small = a.dtype == b.dtype == torch.int8
     if native and small:

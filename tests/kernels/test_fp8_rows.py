@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import pytest
@@ -60,14 +59,6 @@ def check(x: Tensor, dtype: torch.dtype, *, power_of_two: bool = False) -> None:
         assert columns.codes.dtype == (dtype if keep else torch.bfloat16)
         assert_same(rows, expected[1])
         assert_same(columns, expected[0])
-
-
-@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @FORMATS

@@ -142,8 +142,8 @@ def test_the_probe_of_the_sgd_kernel_is_made_in_float32() -> None:
     kernels = bf16.kernels_for()
     if kernels is None:
         pytest.skip("no compiled kernels here")
-    assert same_everywhere(lambda: bf16._rounds_like_torch.__wrapped__(kernels), DTYPES, DEVICE) == []
-    assert bf16._rounds_like_torch(kernels)
+    assert same_everywhere(lambda: bf16.rounds_like_torch.__wrapped__(kernels), DTYPES, DEVICE) == []
+    assert bf16.rounds_like_torch(kernels)
 
 
 @pytest.mark.parametrize(
