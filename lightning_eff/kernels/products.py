@@ -33,7 +33,7 @@ from torch import Tensor
 from lightning_eff.functional.codes import Codes
 from lightning_eff.kernels.fp8 import fp8_product
 from lightning_eff.kernels.int16 import halves, int16_product
-from lightning_eff.kernels.operands import TYPES, empty, kernels_for, pointer, threads, without_autocast
+from lightning_eff.kernels.operands import FP8_FORMATS, TYPES, empty, kernels_for, pointer, threads, without_autocast
 
 INT8_TERM = 128 * 128
 """Largest magnitude of a product of two int8 codes."""
@@ -42,7 +42,6 @@ FLOAT32_TERMS = 2**24 // INT8_TERM
 _OTHER_TERMS = 1 << 20
 """Terms of sums that are float64 or are rounded anyway: those of int16 units and of values that are no integers."""
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SUM_TYPES = {torch.float32: 0, torch.int32: 1, torch.bfloat16: 2}
 
 
@@ -244,7 +243,7 @@ def scaled_product(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``(a.codes @ b.codes) * (a.scale * b.scale * factor) + bias``, codes (M, K) and (K, N), result (M, N)."""
-    if native and a.codes.dtype in FP8 and a.codes.numel() and b.codes.numel():
+    if native and a.codes.dtype in FP8_FORMATS and a.codes.numel() and b.codes.numel():
         return fp8_product(a, b, factor=factor, bias=bias, dtype=dtype)
     acc = code_product(a.codes, b.codes, native=native)
     return rescale(acc, a.scale, b.scale, factor=factor, bias=bias, dtype=dtype)
