@@ -13,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 ROW = 2048
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio, odd: what splitmix64 counts by."""
+MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B9
 _MASK = 0xFFFFFFFF
 
@@ -69,4 +72,21 @@ def draw_seed() -> int:
 def rank_seed(seed: int) -> int:
     """Make ``seed`` differ between ranks; rank 0, and a run without process group, keep it as it is."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return (seed ^ (rank * 0x9E3779B97F4A7C15)) & ((1 << 64) - 1)
+    return (seed ^ (rank * GOLDEN)) & MASK64
+
+
+def mix64(z: int) -> int:
+    """Return the output function of splitmix64: 64 bits, of which every one depends on every bit of ``z``.
+
+    References:
+        Steele, Lea, Flood: Fast splittable pseudorandom number generators. OOPSLA 2014, figure 19 (variant 13 of
+        Stafford's mixers).
+
+    Example:
+        >>> hex(mix64(0x9E3779B97F4A7C15))  # the first number of splitmix64 from seed 0
+        '0xe220a8397b1dcdaf'
+    """
+    z &= MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
+    return z ^ (z >> 31)
