@@ -28,7 +28,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train_cli.py"])  # LightningCLI remarks on arguments of the test runner
     config = f"--config={ROOT / 'examples' / 'cli_luq4.yaml'}"
     trainer = main(
-        ["fit", config, "--trainer.max_epochs=1", "--model.width=8", f"--trainer.default_root_dir={tmp_path}"]
+        ["fit", config, "--trainer.max_epochs=3", "--model.width=8", f"--trainer.default_root_dir={tmp_path}"]
     )
     assert trainer.trainer.precision_plugin.eff_method == "luq4"
     assert trainer.trainer.callback_metrics["val_accuracy"] > 0.2
