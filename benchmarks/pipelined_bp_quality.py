@@ -36,8 +36,8 @@ from torch.nn import functional as F
 from benchmarks._measure import threads
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import spread
-from examples.common.compare import quiet
-from examples.common.data import DigitsData
+from benchmarks.tasks.compare import quiet
+from benchmarks.tasks.data import DigitsData
 from lightning_eff.errors import EffWarning, NonFiniteGradientError
 from lightning_eff.functional.staleness.curvature import top_curvature
 from lightning_eff.functional.staleness.mitigation import scale_hyperparameters

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_eff.integration.namespaces import class_getter, public_shells
+from lightning_eff.integration.namespaces import class_getter, public_classes
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback
@@ -88,7 +88,7 @@ __all__ = [
 _get = class_getter(
     __name__,
     "pytorch_lightning",
-    {**public_shells("precision"), **public_shells("strategy"), **public_shells("callback")},
+    {**public_classes("precision"), **public_classes("strategy"), **public_classes("callback")},
 )
 
 

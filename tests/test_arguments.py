@@ -261,7 +261,7 @@ def test_the_options_of_a_method_by_callback() -> None:
     for info in METHODS.values():
         if info.kind != "precision":
             continue
-        for name in options_of(info.load_shell()):
+        for name in options_of(info.load_mixin()):
             for value in WILD:
                 thing, told = made(LowPrecision, {"method": info.name, "options": {name: value}})
                 assert thing is not None or name in told

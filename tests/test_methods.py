@@ -66,13 +66,13 @@ def test_names_are_lower_case_and_metrics_are_prefixed(info: MethodInfo) -> None
 
 @every_method
 def test_the_shell_loads_and_carries_the_row(info: MethodInfo) -> None:
-    shell = info.load_shell()
+    shell = info.load_mixin()
     assert shell.__name__.removesuffix("Mixin") in (
         info.class_name,
         re.sub("(Precision|Strategy)$", "", info.class_name),
     )
     # Rows may share a class (the variants of one method); it carries the first of them.
-    assert shell.info is next(row for row in METHODS.values() if row.shell == info.shell)
+    assert shell.info is next(row for row in METHODS.values() if row.mixin == info.mixin)
     assert shell.__doc__
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_eff.integration.namespaces import class_getter, public_shells
+from lightning_eff.integration.namespaces import class_getter, public_classes
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientPruning", "GradientStatistics", "LUQFineTuning", "LowPrecision"]
 
-_get = class_getter(__name__, "lightning.pytorch", public_shells("callback"))
+_get = class_getter(__name__, "lightning.pytorch", public_classes("callback"))
 
 
 def __getattr__(name: str) -> Any:

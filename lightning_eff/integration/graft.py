@@ -89,7 +89,7 @@ def graft(plugin: Any, method: str, **options: Any) -> Any:
         UnsupportedCombinationError: the plugin's precision does not go with the method, or it carries another method.
     """
     info = precision_method(method)
-    shell = info.load_shell()
+    shell = info.load_mixin()
     check_options(method, options)
     present = method_of(plugin)
     if present is not None:
@@ -115,7 +115,7 @@ def check_options(method: str, options: Mapping[Any, Any]) -> None:
         ConfigurationError: the method has no such option, or an option is outside its range.
     """
     info = precision_method(method)
-    shell = info.load_shell()
+    shell = info.load_mixin()
     _check_names(info, shell, options)
     tried: Any = object.__new__(shell)
     tried.eff_method = info.name

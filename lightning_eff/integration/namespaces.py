@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lightning_eff.errors import MissingDependencyError
 from lightning_eff.methods import METHODS
 
-__all__ = ["NAMESPACES", "Namespace", "base_class", "class_getter", "make_class", "public_shells"]
+__all__ = ["NAMESPACES", "Namespace", "base_class", "class_getter", "make_class", "public_classes"]
 
 Kind = Literal["precision", "strategy", "callback"]
 
@@ -153,9 +153,9 @@ def base_class(root: str, kind: Kind) -> type[Any]:
     return base
 
 
-def public_shells(kind: Kind) -> dict[str, tuple[Kind, str]]:
+def public_classes(kind: Kind) -> dict[str, tuple[Kind, str]]:
     """Return class name -> (kind, ``"module:Mixin"``) of every public class of this kind."""
-    rows = {info.class_name: (kind, info.shell) for info in METHODS.values() if info.kind == kind}
+    rows = {info.class_name: (kind, info.mixin) for info in METHODS.values() if info.kind == kind}
     if kind == "callback":
         rows["LowPrecision"] = (kind, "lightning_eff.callbacks.precision.low_precision:LowPrecisionMixin")
         rows["LUQFineTuning"] = (kind, "lightning_eff.callbacks.precision.luq_fine_tuning:LUQFineTuningMixin")

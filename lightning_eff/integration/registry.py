@@ -17,5 +17,5 @@ def register_strategies(namespace: Namespace) -> None:
     registry = sys.modules[f"{namespace.root}.strategies"].StrategyRegistry
     for info in METHODS.values():
         if info.kind == "strategy" and info.name not in registry.available_strategies():
-            made = make_class(info.load_shell(), base_class(namespace.root, "strategy"))
+            made = make_class(info.load_mixin(), base_class(namespace.root, "strategy"))
             registry.register(info.name, made, description=info.summary)

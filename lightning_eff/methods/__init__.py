@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from lightning_eff.methods import others, precision
-from lightning_eff.methods.info import MethodInfo
+from lightning_eff.methods import callbacks, precision, strategies
+from lightning_eff.methods.info import ROWS, MethodInfo
 
 __all__ = ["METHODS", "MethodInfo"]
 
-METHODS: Mapping[str, MethodInfo] = MappingProxyType({info.name: info for info in (*precision.ROWS, *others.ROWS)})
+ROWS.update({info.name: info for info in (*precision.ROWS, *strategies.ROWS, *callbacks.ROWS)})
+METHODS: Mapping[str, MethodInfo] = MappingProxyType(ROWS)

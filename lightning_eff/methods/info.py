@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightning_eff.methods.state import Record, read_state
 
-__all__ = ["MethodInfo"]
+__all__ = ["MethodInfo", "row"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,9 @@ class MethodInfo:
         name: the string a user writes, lower case.
         kind: where the string goes: ``Trainer(precision=...)``, ``Trainer(strategy=...)`` or a callback.
         class_name: the public class, found in ``lightning_eff.<kind>`` and ``lightning_eff.pytorch_lightning``.
-        shell: ``"module:Mixin"`` of the Lightning-free mixin the public classes are made from.
+        family: what the method is about, the room of its mathematics: numerics, stragglers, staleness.
+        mixin: ``"module:Mixin"`` of the Lightning-free mixin the public classes are made from.
+        options: what the string means: options of the class and their values.
         summary: one sentence for people.
         paper: authors, title, venue, year, address.
         composes_with: Lightning precisions allowed after ``+`` (``"luq4+bf16-mixed"``); the first is the default.
@@ -32,21 +34,23 @@ class MethodInfo:
 
     name: str
     kind: Literal["precision", "strategy", "callback"]
+    family: str
     class_name: str
-    shell: str
+    mixin: str
     summary: str
     paper: str
+    options: Mapping[str, Any] = field(default_factory=dict)
     composes_with: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ()
     conflicts: Mapping[str, str] = field(default_factory=dict)
     state: Record = field(default_factory=lambda: Record({}))
     metrics: Mapping[str, str] = field(default_factory=dict)
 
-    def load_shell(self) -> type[Any]:
+    def load_mixin(self) -> type[Any]:
         """Import and return the mixin class."""
-        module, _, attribute = self.shell.partition(":")
-        shell: type[Any] = getattr(importlib.import_module(module), attribute)
-        return shell
+        module, _, attribute = self.mixin.partition(":")
+        mixin: type[Any] = getattr(importlib.import_module(module), attribute)
+        return mixin
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -73,7 +77,7 @@ class MethodInfo:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name: a plugin that is sent to another process finds the row there."""
-        return _row, (self.name,)
+        return row, (self.name,)
 
     @property
     def strings(self) -> tuple[str, ...]:
@@ -87,7 +91,10 @@ class MethodInfo:
         return (self.name, *(f"{self.name}+{other}" for other in self.composes_with))
 
 
-def _row(name: str) -> MethodInfo:
-    from lightning_eff.methods import METHODS
+ROWS: dict[str, MethodInfo] = {}
+"""Name -> row; the package fills it when it is imported."""
 
-    return METHODS[name]
+
+def row(name: str) -> MethodInfo:
+    """Return the row of a method (unpickling)."""
+    return ROWS[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from lightning_eff.methods import papers
 from lightning_eff.methods.info import MethodInfo
 from lightning_eff.methods.state import (
     AUTOFLEX,
@@ -66,13 +67,11 @@ ROWS = (
     MethodInfo(
         name="luq4",
         kind="precision",
+        family="numerics",
         class_name="LUQPrecision",
-        shell="lightning_eff.precision.luq:LUQMixin",
+        mixin="lightning_eff.precision.luq:LUQMixin",
         summary="4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients.",
-        paper=(
-            "Chmiel, Banner, Hoffer, Ben-Yaacov, Soudry: Accurate Neural Training with 4-bit Matrix "
-            "Multiplications at Standard Formats. ICLR 2023. https://arxiv.org/abs/2112.10769"
-        ),
+        paper=papers.LUQ,
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
@@ -87,10 +86,12 @@ ROWS = (
     MethodInfo(
         name="fp8",
         kind="precision",
+        family="numerics",
         class_name="FP8Precision",
-        shell="lightning_eff.precision.fp8:FP8Mixin",
+        mixin="lightning_eff.precision.fp8:FP8Mixin",
+        options={"scaling": "tensorwise"},
         summary="8-bit floating point: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor.",
-        paper=("Micikevicius et al.: FP8 Formats for Deep Learning. 2022. https://arxiv.org/abs/2209.05433"),
+        paper=papers.FP8,
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
@@ -100,10 +101,12 @@ ROWS = (
     MethodInfo(
         name="fp8-rowwise",
         kind="precision",
+        family="numerics",
         class_name="FP8Precision",
-        shell="lightning_eff.precision.fp8:FP8Mixin",
+        mixin="lightning_eff.precision.fp8:FP8Mixin",
+        options={"scaling": "rowwise"},
         summary="8-bit floating point: E4M3 everywhere, a dynamic scale for each row of a product.",
-        paper=("Micikevicius et al.: FP8 Formats for Deep Learning. 2022. https://arxiv.org/abs/2209.05433"),
+        paper=papers.FP8,
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
@@ -113,10 +116,12 @@ ROWS = (
     MethodInfo(
         name="fp8-delayed",
         kind="precision",
+        family="numerics",
         class_name="FP8Precision",
-        shell="lightning_eff.precision.fp8:FP8Mixin",
+        mixin="lightning_eff.precision.fp8:FP8Mixin",
+        options={"scaling": "delayed"},
         summary="8-bit floating point: E4M3 and E5M2, scales from the largest magnitudes of the steps before.",
-        paper=("Micikevicius et al.: FP8 Formats for Deep Learning. 2022. https://arxiv.org/abs/2209.05433"),
+        paper=papers.FP8,
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
@@ -126,13 +131,12 @@ ROWS = (
     MethodInfo(
         name="fp8-fit",
         kind="precision",
+        family="numerics",
         class_name="FittedPrecision",
-        shell="lightning_eff.precision.fitted:FittedMixin",
+        mixin="lightning_eff.precision.fitted:FittedMixin",
+        options={"bits": 8},
         summary="8-bit training: E4M3 inputs and weights, gradients in the float format that suits each layer.",
-        paper=(
-            "Chmiel, Ben-Uri, Shkolnik, Hoffer, Banner, Soudry: Neural gradients are near-lognormal: improved "
-            "quantized and sparse training. ICLR 2021. https://arxiv.org/abs/2006.08173"
-        ),
+        paper=papers.NEAR_LOGNORMAL,
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
@@ -142,13 +146,12 @@ ROWS = (
     MethodInfo(
         name="fp6-fit",
         kind="precision",
+        family="numerics",
         class_name="FittedPrecision",
-        shell="lightning_eff.precision.fitted:FittedMixin",
+        mixin="lightning_eff.precision.fitted:FittedMixin",
+        options={"bits": 6},
         summary="6-bit training: E2M3 inputs and weights, gradients in the float format that suits each layer.",
-        paper=(
-            "Chmiel, Ben-Uri, Shkolnik, Hoffer, Banner, Soudry: Neural gradients are near-lognormal: improved "
-            "quantized and sparse training. ICLR 2021. https://arxiv.org/abs/2006.08173"
-        ),
+        paper=papers.NEAR_LOGNORMAL,
         composes_with=("32-true", "bf16-mixed", "bf16-true"),
         strategies=_SHARDED,
         conflicts=_QUANTIZED_CONFLICTS,
@@ -158,14 +161,11 @@ ROWS = (
     MethodInfo(
         name="flexpoint16",
         kind="precision",
+        family="numerics",
         class_name="FlexpointPrecision",
-        shell="lightning_eff.precision.flexpoint:FlexpointMixin",
+        mixin="lightning_eff.precision.flexpoint:FlexpointMixin",
         summary="int16 tensors with one exponent each, predicted by Autoflex from the steps before.",
-        paper=(
-            "Koester, Webb, Wang, Nassar, Bansal, Constable, Elibol, Gray, Hall, Hornof, Khosrowshahi, Kloss, "
-            "Pai, Rao: Flexpoint: An Adaptive Numerical Format for Efficient Training of Deep Neural "
-            "Networks. NIPS 2017. https://arxiv.org/abs/1711.02213"
-        ),
+        paper=papers.FLEXPOINT,
         composes_with=("32-true",),
         strategies=("single_device", "ddp"),
         conflicts={
@@ -186,13 +186,11 @@ ROWS = (
     MethodInfo(
         name="dfp16",
         kind="precision",
+        family="numerics",
         class_name="DFP16Precision",
-        shell="lightning_eff.precision.dfp16:DFP16Mixin",
+        mixin="lightning_eff.precision.dfp16:DFP16Mixin",
         summary="int16 tensors with one exponent each, measured; integer products that cannot overflow.",
-        paper=(
-            "Das et al.: Mixed Precision Training of Convolutional Neural Networks using Integer Operations. "
-            "ICLR 2018. https://arxiv.org/abs/1802.00930"
-        ),
+        paper=papers.DFP16,
         composes_with=("32-true",),
         strategies=_SHARDED,
         conflicts=_FLOAT32_CONFLICTS,
@@ -202,12 +200,11 @@ ROWS = (
     MethodInfo(
         name="bf16-emulated",
         kind="precision",
+        family="numerics",
         class_name="BF16EmulatedPrecision",
-        shell="lightning_eff.precision.bf16_emulated:BF16EmulatedMixin",
+        mixin="lightning_eff.precision.bf16_emulated:BF16EmulatedMixin",
         summary="The bfloat16 study's recipe on any hardware: bfloat16 products, float32 everything else.",
-        paper=(
-            "Kalamkar et al.: A Study of BFLOAT16 for Deep Learning Training. 2019. https://arxiv.org/abs/1905.12322"
-        ),
+        paper=papers.BFLOAT16_STUDY,
         composes_with=("32-true",),
         strategies=_SHARDED,
         conflicts=_FLOAT32_CONFLICTS,
@@ -217,10 +214,12 @@ ROWS = (
     MethodInfo(
         name="bf16-sr",
         kind="precision",
+        family="numerics",
         class_name="BF16Precision",
-        shell="lightning_eff.precision.bf16:BF16Mixin",
+        mixin="lightning_eff.precision.bf16:BF16Mixin",
+        options={"update": "sr"},
         summary="bfloat16 weights, updated by any optimizer with stochastic rounding; nothing more is kept.",
-        paper=("Zamirai, Zhang, Aberger, De Sa: Revisiting BFloat16 Training. 2020. https://arxiv.org/abs/2010.06192"),
+        paper=papers.REVISITING_BFLOAT16,
         composes_with=("bf16-true",),
         strategies=("single_device", "ddp"),
         conflicts=_BF16_CONFLICTS,
@@ -229,10 +228,12 @@ ROWS = (
     MethodInfo(
         name="bf16-kahan",
         kind="precision",
+        family="numerics",
         class_name="BF16Precision",
-        shell="lightning_eff.precision.bf16:BF16Mixin",
+        mixin="lightning_eff.precision.bf16:BF16Mixin",
+        options={"update": "kahan"},
         summary="bfloat16 weights, updated by any optimizer with Kahan compensation; 2 bytes more per weight.",
-        paper=("Zamirai, Zhang, Aberger, De Sa: Revisiting BFloat16 Training. 2020. https://arxiv.org/abs/2010.06192"),
+        paper=papers.REVISITING_BFLOAT16,
         composes_with=("bf16-true",),
         strategies=("single_device", "ddp"),
         conflicts=_BF16_CONFLICTS,
@@ -241,13 +242,12 @@ ROWS = (
     MethodInfo(
         name="bf16-split",
         kind="precision",
+        family="numerics",
         class_name="BF16Precision",
-        shell="lightning_eff.precision.bf16:BF16Mixin",
+        mixin="lightning_eff.precision.bf16:BF16Mixin",
+        options={"update": "split"},
         summary="bfloat16 weights, the missing 16 bits beside the optimizer: float32 updates in 4 bytes.",
-        paper=(
-            "Kalamkar et al.: Optimizing Deep Learning Recommender Systems Training on CPU Cluster "
-            "Architectures (Split-SGD). SC 2020. https://arxiv.org/abs/2005.04680"
-        ),
+        paper=papers.SPLIT_SGD,
         composes_with=("bf16-true",),
         strategies=("single_device", "ddp"),
         conflicts=_BF16_CONFLICTS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_eff.integration.namespaces import class_getter, public_shells
+from lightning_eff.integration.namespaces import class_getter, public_classes
 
 if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
@@ -53,7 +53,7 @@ __all__ = [
     "LUQPrecision",
 ]
 
-_get = class_getter(__name__, "lightning.pytorch", public_shells("precision"))
+_get = class_getter(__name__, "lightning.pytorch", public_classes("precision"))
 
 
 def __getattr__(name: str) -> Any:

@@ -27,8 +27,8 @@ from lightning_eff.optim.bf16.handover import Left, hand_over, left_by, take_bac
 from lightning_eff.optim.bf16.wrapper import ShadowedOptimizer, Update, bf16_updates
 from lightning_eff.optim.steps import Closure
 from lightning_eff.precision.formats.config import variant_of
-from lightning_eff.precision.layers.state import seed_of_rank_0
 from lightning_eff.precision.run import RunMixin
+from lightning_eff.runtime.ranks import seed_of_rank_0
 from lightning_eff.runtime.runs import Run
 
 VARIANTS = {"sr": "bf16-sr", "kahan": "bf16-kahan", "split": "bf16-split"}

@@ -19,8 +19,8 @@ from lightning_eff.kernels.shared_exponent import integer_encode, round_to_scale
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.precision.formats.config import FlexpointConfig, MasterWeights, OnNonFinite, Products, options_from
 from lightning_eff.precision.formats.history import Memory
-from lightning_eff.precision.layers.state import seed_of_rank_0
 from lightning_eff.precision.plugin import QuantizedPrecisionMixin
+from lightning_eff.runtime.ranks import seed_of_rank_0
 
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"})
 """Optimizer state that steps are divided by: in 16 bits its small elements become zero and the steps explode."""

@@ -13,17 +13,16 @@ from collections.abc import Generator, Iterator
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from rich.table import Table
 from torch import nn
 
-from lightning_eff.errors import EffWarning, NoEffectWarning, NonFiniteGradientError
+from lightning_eff.errors import NoEffectWarning
 from lightning_eff.integration.graft import check_strategy
 from lightning_eff.methods import MethodInfo
 from lightning_eff.precision.formats.config import LayerConfig
 from lightning_eff.precision.formats.history import Memory, advance, keys_of_variants, learned, warn_of_other_layers
 from lightning_eff.precision.layers.convert import Change, Conversion, convert
-from lightning_eff.precision.layers.report import console, conversion_table, readable_bytes
+from lightning_eff.precision.layers.report import conversion_table, readable_bytes
 from lightning_eff.precision.layers.sharded import (
     Named,
     broken_names,
@@ -33,13 +32,13 @@ from lightning_eff.precision.layers.sharded import (
     zero_broken,
     zero_engine,
 )
-from lightning_eff.precision.layers.state import LayerState, SeedStream
+from lightning_eff.precision.layers.state import LayerState
 from lightning_eff.precision.run import StepsMixin
+from lightning_eff.runtime.figures import console
+from lightning_eff.runtime.finite import FIND_OPERATION, stop_if_broken
+from lightning_eff.runtime.ranks import rank
 from lightning_eff.runtime.runs import Run
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+from lightning_eff.runtime.seeds import SeedStream
 
 
 class QuantizedPrecisionMixin(StepsMixin):
@@ -117,7 +116,7 @@ class QuantizedPrecisionMixin(StepsMixin):
             change = conversion.update()
             if change.came or change.went:
                 self._apply_state()
-                if _rank() == 0:
+                if rank() == 0:
                     console().print(self._change_line(change), highlight=False, soft_wrap=True)
 
     def _change_line(self, change: Change) -> str:
@@ -138,7 +137,7 @@ class QuantizedPrecisionMixin(StepsMixin):
                 NoEffectWarning,
                 stacklevel=4,
             )
-        elif _rank() == 0:
+        elif rank() == 0:
             native = next(iter(conversion.states.values())).native(device)
             formats = f"{self.formats}: {self.products[not native]}"
             title = f"{self.info.name}: {conversion.layers} of {len(conversion.rows)} layers with weights converted"
@@ -164,7 +163,7 @@ class QuantizedPrecisionMixin(StepsMixin):
 
     def teardown(self) -> None:
         """Give every layer its class back and say what the method did."""
-        if self._steps and self.saved_bytes()[1] and _rank() == 0:
+        if self._steps and self.saved_bytes()[1] and rank() == 0:
             for part in self._verdict():
                 console().print(part, highlight=False)
         self._loaded = self._remembered()  # for a checkpoint that is saved now
@@ -271,20 +270,15 @@ class QuantizedPrecisionMixin(StepsMixin):
 
     def _check_finite(self, step: int, engine: Any = None) -> None:
         """Stop a non-finite gradient before it reaches a parameter, on every rank alike."""
-        broken = self._broken_gradients(engine)
-        if not broken:
-            return
-        names = ", ".join(broken[:8]) + (" ..." if len(broken) > 8 else "")
-        message = (
-            f"{self.info.name}: the gradient is NaN or Inf at optimizer step {step} (rank {_rank()}) in "
-            f"{len(broken)} of {self._trained()} parameters: {names}. "
-        )
-        if self.config.on_nonfinite == "raise":
-            raise NonFiniteGradientError(
-                message + "No parameter was changed in this step. Lower the learning rate or clip gradients; "
-                "torch.autograd.set_detect_anomaly(True) names the operation; on_nonfinite='warn' goes on regardless."
+        if broken := self._broken_gradients(engine):
+            stop_if_broken(
+                self.info.name,
+                broken,
+                where=f"at optimizer step {step} (rank {rank()})",
+                on_nonfinite=self.config.on_nonfinite,
+                of=self._trained(),
+                advice=FIND_OPERATION,
             )
-        warnings.warn(message + "The optimizer step goes on as asked.", EffWarning, stacklevel=2)
 
     def _broken_gradients(self, engine: Any) -> list[str]:
         """Names of the parameters whose gradient is not finite, the same on every rank.

@@ -1,11 +1,13 @@
-"""Figures of a strategy in Lightning's loggers, as often as the Trainer logs."""
+"""Figures of a method: in the loggers, as often as the Trainer logs, and on the console."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["is_logged", "log_figures"]
+from rich.console import Console
+
+__all__ = ["console", "is_logged", "log_figures"]
 
 
 def is_logged(trainer: Any, step: int) -> bool:
@@ -28,3 +30,9 @@ def log_figures(trainer: Any, figures: Mapping[str, float]) -> None:
     """
     for logger in trainer.loggers:
         logger.log_metrics(dict(figures), step=trainer.global_step)
+
+
+def console(width: int = 110) -> Console:
+    """Return a console as wide as the terminal, or at least ``width`` columns where the output is a log file."""
+    found = Console()
+    return found if found.is_terminal else Console(width=max(found.width, width))

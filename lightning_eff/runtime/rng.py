@@ -18,17 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_eff.functional.random import GOLDEN64, MASK64, mix64
+
 USER = -1
 """The stream of the user's own code, before and after the stack."""
-_MASK = (1 << 64) - 1
 
 
 def _mixed(z: int) -> int:
-    """splitmix64."""
-    z = (z + 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
+    """Return the number that splitmix64 gives after the state ``z``."""
+    return mix64(z + GOLDEN64)
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Randomness:
 
     def enter(self, micro_batch: int, stage: int) -> int:
         """Draw from the stream of this micro-batch in this stage from now on; return its seed."""
-        seed = _mixed(_mixed(self.seed ^ _mixed(micro_batch)) ^ _mixed(stage & _MASK))
+        seed = _mixed(_mixed(self.seed ^ _mixed(micro_batch)) ^ _mixed(stage & MASK64))
         for generator in self._generators():
             generator.manual_seed(seed >> 1)
         return seed
@@ -106,4 +104,4 @@ def drawn_seed(steps: int = 0) -> int:
     Args:
         steps: updates before the run; one that goes on after another draws other numbers.
     """
-    return _mixed((torch.initial_seed() & _MASK) ^ (_mixed(steps) if steps else 0))
+    return _mixed((torch.initial_seed() & MASK64) ^ (_mixed(steps) if steps else 0))

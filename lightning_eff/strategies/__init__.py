@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_eff.integration.namespaces import class_getter, public_shells
+from lightning_eff.integration.namespaces import class_getter, public_classes
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DropComputeStrategy", "PipelinedBPStrategy"]
 
-_get = class_getter(__name__, "lightning.pytorch", public_shells("strategy"))
+_get = class_getter(__name__, "lightning.pytorch", public_classes("strategy"))
 
 
 def __getattr__(name: str) -> Any:

@@ -8,29 +8,27 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import lightning_eff
-from lightning_eff.methods import METHODS
+from lightning_eff.methods.info import ROWS
 from tests.integration import demo_shell
 
 collect_ignore = ["scripts", "third_party"]  # projects to be run, not modules to be searched for doctests
 ROOT = Path(lightning_eff.__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
 ROOTS = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
-MODULES_WITH_METHODS = ("names", "precision", "namespaces")
 
 
 @pytest.fixture(autouse=True)
 def demo_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the demo rows known, next to the real ones."""
-    rows = MappingProxyType({**METHODS, demo_shell.INFO.name: demo_shell.INFO, demo_shell.OTHER.name: demo_shell.OTHER})
-    for name in MODULES_WITH_METHODS:
-        monkeypatch.setattr(importlib.import_module(f"lightning_eff.integration.{name}"), "METHODS", rows)
+    for info in (demo_shell.INFO, demo_shell.OTHER):
+        monkeypatch.setitem(ROWS, info.name, info)
 
 
 @pytest.fixture(params=list(ROOTS))

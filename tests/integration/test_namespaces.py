@@ -13,7 +13,7 @@ import torch
 
 from lightning_eff.errors import MissingDependencyError
 from lightning_eff.integration import namespaces
-from lightning_eff.integration.namespaces import NAMESPACES, base_class, class_getter, make_class, public_shells
+from lightning_eff.integration.namespaces import NAMESPACES, base_class, class_getter, make_class, public_classes
 from tests.integration.demo_shell import DemoMixin
 
 ROOTS = [namespace.root for namespace in NAMESPACES]
@@ -98,11 +98,11 @@ def test_what_is_typed_is_what_is_made() -> None:
     import lightning_eff.pytorch_lightning
     import lightning_eff.strategies
 
-    precision = {name for name in public_shells("precision") if name not in ("DemoPrecision", "OtherPrecision")}
-    callbacks = set(public_shells("callback"))
+    precision = {name for name in public_classes("precision") if name not in ("DemoPrecision", "OtherPrecision")}
+    callbacks = set(public_classes("callback"))
     assert set(lightning_eff.precision.__all__) == precision
     assert set(lightning_eff.callbacks.__all__) == callbacks
-    strategies = set(public_shells("strategy"))
+    strategies = set(public_classes("strategy"))
     assert set(lightning_eff.strategies.__all__) == strategies
     assert set(lightning_eff.pytorch_lightning.__all__) == precision | strategies | callbacks
 

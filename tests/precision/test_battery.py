@@ -26,7 +26,7 @@ from tests.precision.test_two_ranks import _fit
 ROWS = [
     info
     for info in METHODS.values()
-    if info.kind == "precision" and issubclass(info.load_shell(), QuantizedPrecisionMixin)
+    if info.kind == "precision" and issubclass(info.load_mixin(), QuantizedPrecisionMixin)
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
     "fp8-rowwise": {"scaling": "rowwise"},
@@ -134,7 +134,7 @@ def test_what_is_remembered_is_needed(info: MethodInfo, tmp_path: Path) -> None:
     """Negative control of the test above: without the memory, the continued run differs."""
     if "memory" not in info.state_keys or info.name == "luq4":  # luq4 remembers only when asked to
         pytest.skip("remembers nothing by default")
-    options = {"scale": "mean"} if info.shell.endswith("FittedMixin") else {}  # where the place is remembered too
+    options = {"scale": "mean"} if info.mixin.endswith("FittedMixin") else {}  # where the place is remembered too
     whole = run(tmp_path, info, plugins=[plugin(info, **options)])
     run(tmp_path, info, cut=5, plugins=[plugin(info, **options)])
     checkpoint = torch.load(tmp_path / "cut.ckpt", weights_only=True)

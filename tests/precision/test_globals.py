@@ -21,7 +21,7 @@ from lightning_eff.precision.formats.config import (
 )
 from lightning_eff.precision.formats.history import advance
 from lightning_eff.precision.layers.convert import convert
-from lightning_eff.precision.layers.state import SeedStream
+from lightning_eff.runtime.seeds import SeedStream
 from tests.kernels.worlds import DEVICE, DTYPES, GRADIENTS, MEMORY, PRODUCTS, THREADS, same_everywhere
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 from tests.precision.models import loader, parameters_of, task, trainer
 
 PRECISIONS = [info for info in METHODS.values() if info.kind == "precision"]
-FORMATS = [info.name for info in PRECISIONS if issubclass(info.load_shell(), QuantizedPrecisionMixin)]
+FORMATS = [info.name for info in PRECISIONS if issubclass(info.load_mixin(), QuantizedPrecisionMixin)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_eff.checks import Names
@@ -130,9 +129,3 @@ class _Hook:
 
 def _let_pass(grad: Tensor) -> None:
     """Leave a gradient as it is."""
-
-
-def console() -> Console:
-    """A console as wide as the terminal, or 110 columns and more in a log file."""
-    found = Console()
-    return found if found.is_terminal else Console(width=max(found.width, 110))

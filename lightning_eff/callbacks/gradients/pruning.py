@@ -27,9 +27,10 @@ from lightning_eff.callbacks.one_run import OneRunMixin
 from lightning_eff.checks import Real, Whole, YesNo, check
 from lightning_eff.errors import EffWarning, NoEffectWarning, UnsupportedCombinationError
 from lightning_eff.functional.numerics.lognormal import lognormal_fit, remaining_sparsity, threshold_for
-from lightning_eff.functional.random import rank_seed
+from lightning_eff.functional.random import GOLDEN64, mix64, rank_seed
 from lightning_eff.kernels.pruning import stochastic_prune
 from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.runtime.ranks import has_group
 
 _MASK64 = (1 << 64) - 1
 _GAIN = 2.0
@@ -227,12 +228,8 @@ class GradientPruningMixin(OneRunMixin):
 
     def _next_seed(self, name: str, layer: _Layer) -> int:
         """A seed from run, layer and call count (splitmix64), different on every rank."""
-        z = (
-            (self._seed or 0) + (self._keys[name] + 1) * 0x9E3779B97F4A7C15 + layer.calls * 0xD1B54A32D192ED03
-        ) & _MASK64
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-        return rank_seed(z ^ (z >> 31))
+        place = (self._keys[name] + 1) * GOLDEN64 + layer.calls * 0xD1B54A32D192ED03
+        return rank_seed(mix64((self._seed or 0) + place))
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -245,7 +242,7 @@ class GradientPruningMixin(OneRunMixin):
         self._note_corrections()
         own = {name: asdict(layer) for name, layer in self._layers.items()}
         ranks = [own]
-        if dist.is_available() and dist.is_initialized():
+        if has_group():
             ranks = [own] * dist.get_world_size()
             dist.all_gather_object(ranks, own)
         return {"seed": self._seed, "ranks": ranks}
@@ -258,7 +255,7 @@ class GradientPruningMixin(OneRunMixin):
         """
         found = self.info.read_state(state_dict)
         ranks = found["ranks"]
-        together = dist.is_available() and dist.is_initialized()
+        together = has_group()
         rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         if len(ranks) != world and rank == 0:
             warnings.warn(

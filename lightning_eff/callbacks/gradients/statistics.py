@@ -20,7 +20,6 @@ from lightning_eff.callbacks.gradients.output_gradients import (
     PATTERNS,
     OutputGradients,
     check_trainer,
-    console,
     select_layers,
 )
 from lightning_eff.callbacks.one_run import OneRunMixin
@@ -28,6 +27,7 @@ from lightning_eff.checks import Whole, check
 from lightning_eff.errors import NoEffectWarning
 from lightning_eff.functional.numerics.lognormal import BITS, best_format, lognormal_fit, relative_error
 from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.runtime.figures import console
 
 
 @dataclass

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_eff.errors import EffWarning
 from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.runtime.ranks import world_size
 
 
 class Estimate(Protocol):
@@ -111,7 +112,7 @@ def advance(memories: Sequence[Memory], device: torch.device, *, replicas: int |
         torch.full((m.numbers,), _NOTHING, dtype=torch.float32, device="cpu") if m.seen is None else m.seen
         for m in memories
     ]
-    ranks = replicas != 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    ranks = replicas != 1 and world_size() > 1
     seen = torch.cat([part.to(device) for part in parts])
     seen = torch.where(seen.isnan(), torch.inf, seen)  # every backend agrees on the largest of these
     if ranks:

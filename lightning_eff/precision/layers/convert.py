@@ -21,8 +21,9 @@ from lightning_eff.precision.layers import compiled as operators  # noqa: F401 -
 from lightning_eff.precision.layers.linear import mixin_of
 from lightning_eff.precision.layers.relu import ReLUTwin
 from lightning_eff.precision.layers.sharded import is_dtensor, own_class, shape_of, with_base
-from lightning_eff.precision.layers.state import LayerState, RecentInputs, SeedStream
+from lightning_eff.precision.layers.state import LayerState, RecentInputs
 from lightning_eff.precision.layers.twins import ENCODERS, FLOATS, STATE, Twin, twin_class
+from lightning_eff.runtime.seeds import SeedStream
 
 _SUPPORTED = "Linear, Conv1d, Conv2d, Conv3d, MultiheadAttention, transformers' Conv1D"
 

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
 from lightning_eff.precision.layers.convert import Conversion
-
-WIDTH = 110
-"""Columns of the table where the output is no terminal (a log file), so that reasons stay on one line."""
-
-
-def console() -> Console:
-    """A console as wide as the terminal, or :data:`WIDTH` columns in a log file."""
-    found = Console()
-    return found if found.is_terminal else Console(width=max(found.width, WIDTH))
 
 
 def readable_bytes(count: int) -> str:

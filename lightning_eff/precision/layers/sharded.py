@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_eff.runtime.ranks import has_group
+
 Named = list[tuple[str, Any]]
 
 
@@ -85,7 +87,7 @@ def reduction_device(parameters: Iterable[Tensor]) -> torch.device | None:
 
 def on_any_rank(verdict: bool, device: torch.device) -> bool:
     """Whether ``verdict`` is true on any rank; one all-reduce of one number."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_group():
         return verdict
     flag = torch.tensor(float(verdict), device=device, dtype=torch.float32)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -94,7 +96,7 @@ def on_any_rank(verdict: bool, device: torch.device) -> bool:
 
 def names_of_all_ranks(names: list[str]) -> list[str]:
     """The union of the ranks' names, in order of appearance."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_group():
         return names
     parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, names)

@@ -9,52 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eff.errors import EffWarning
 from lightning_eff.functional import sqnr_db
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.random import rank_seed
 from lightning_eff.kernels.quantize import fingerprint
 from lightning_eff.precision.formats.base import GradCodes, SavedInput, WeightCodes
 from lightning_eff.precision.formats.history import Memory
+from lightning_eff.runtime.seeds import SeedStream
 
 if TYPE_CHECKING:
     from lightning_eff.precision.formats.config import LayerConfig
-
-_MASK64 = (1 << 64) - 1
-
-
-def seed_of_rank_0() -> int:
-    """``torch.initial_seed()`` of rank 0: ranks that hold the same weights have to round them alike."""
-    seed = [torch.initial_seed()]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(seed, src=0)
-    return seed[0]
-
-
-class SeedStream:
-    """Seeds of the gradient rounding: a counter hashed with the run's seed, so that two integers resume it exactly.
-
-    It starts from ``torch.initial_seed()`` at first use, without drawing: the user's dropout masks and shuffles are
-    those of the run without the method.
-    """
-
-    def __init__(self, seed: int | None = None) -> None:
-        self.seed = seed
-        self.calls = 0
-
-    def next(self, *, same_on_ranks: bool = False) -> int:
-        """The next 64-bit seed (splitmix64 of the counter), different on every rank unless asked for."""
-        if self.seed is None:
-            self.seed = torch.initial_seed() & _MASK64
-        self.calls += 1
-        z = (self.seed + self.calls * 0x9E3779B97F4A7C15) & _MASK64
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-        z ^= z >> 31
-        return z if same_on_ranks else rank_seed(z)
 
 
 Arrange = Callable[[Tensor], Tensor]

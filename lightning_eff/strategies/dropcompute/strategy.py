@@ -20,15 +20,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_eff.checks import checked
-from lightning_eff.errors import EffWarning, NoEffectWarning, NonFiniteGradientError
+from lightning_eff.errors import NoEffectWarning
 from lightning_eff.functional.stragglers.model import best_threshold
 from lightning_eff.functional.stragglers.simulated import Delay, parse_delay
 from lightning_eff.functional.stragglers.threshold import Normalize, gradient_factor
 from lightning_eff.functional.stragglers.timings import append_timings
-from lightning_eff.integration import loop as collectives
+from lightning_eff.integration.loop import compare_logs_between_ranks, look_for_sigterm_once_per_window
 from lightning_eff.integration.rank_faults import Meetings
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.runtime.figures import is_logged, log_figures
+from lightning_eff.runtime.finite import FIND_OPERATION, stop_if_broken
+from lightning_eff.runtime.gradient_sum import GradientSum
 from lightning_eff.runtime.patches import Undo
 from lightning_eff.strategies.dropcompute import compatibility as refusals
 from lightning_eff.strategies.dropcompute.compensation import Compensation
@@ -115,7 +117,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
         self.record_timings: str | None = options["record_timings"]
         self._trainer: Any = None
         self._undo: list[Undo] = []
-        self._sum: collectives.GradientSum | None = None
+        self._sum: GradientSum | None = None
         self._clock, self._window = Clock(torch.device("cpu")), Window()
         self._total = Tally()
         self._compensation = Compensation()
@@ -143,8 +145,8 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
         self._compensation.go_on(trainer, self._total.dropped)
         self._begin(self._steps)
         self._undo += [
-            collectives.look_for_sigterm_once_per_window(trainer),
-            collectives.compare_logs_between_ranks(trainer, self.info.name),
+            look_for_sigterm_once_per_window(trainer),
+            compare_logs_between_ranks(trainer, self.info.name),
             *self._refuse_other_steps(),
         ]
 
@@ -226,7 +228,7 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
         world, rank, window = dist.get_world_size(), dist.get_rank(), self._window
         parameters = [p for p in self.lightning_module.parameters() if p.requires_grad]  # type: ignore[attr-defined]
         if self._sum is None or not self._sum.fits(parameters):
-            self._sum = collectives.GradientSum(parameters, 2 * world)
+            self._sum = GradientSum(parameters, 2 * world)
         numbers = [0.0] * (2 * world)
         numbers[rank], numbers[world + rank] = len(window.times), sum(window.times)
         sums = self._sum(numbers, within=self._meeting(f"optimizer step {self._steps}"))
@@ -247,16 +249,8 @@ class DropComputeMixin(HeldClock, CollectiveGuard, StepGuard, Meetings):
             return
         names = [name for name, p in self.lightning_module.named_parameters() if id(p) in broken]  # type: ignore[attr-defined]
         ranks = "; ".join(self._sum.breakers(self._window.losses))
-        message = (
-            f"dropcompute: the gradient is NaN or Inf at optimizer step {self._steps} (from {ranks}) in {len(names)} "
-            f"parameters: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
-        )
-        if self.on_nonfinite == "raise":
-            raise NonFiniteGradientError(
-                message + "No parameter was changed in this step. Lower the learning rate or clip gradients; "
-                "torch.autograd.set_detect_anomaly(True) names the operation; on_nonfinite='warn' goes on regardless."
-            )
-        warnings.warn(message + "The optimizer step goes on as asked.", EffWarning, stacklevel=2)
+        where = f"at optimizer step {self._steps} (from {ranks})"
+        stop_if_broken(self.info.name, names, where=where, on_nonfinite=self.on_nonfinite, advice=FIND_OPERATION)
 
     def _end_step(self) -> None:
         window, now = self._window, self._clock.now(wait_for_all=True)

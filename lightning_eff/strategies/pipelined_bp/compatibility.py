@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from lightning_eff.errors import (
     ConfigurationError,
     EffWarning,
     NoEffectWarning,
-    NonFiniteGradientError,
     RankLostError,
     UnsupportedCombinationError,
 )
 from lightning_eff.functional.staleness import stability
+from lightning_eff.runtime.finite import OnNonFinite, stop_if_broken
+from lightning_eff.runtime.ranks import rank
 from lightning_eff.strategies.pipelined_bp.mitigation import Mitigation
 from lightning_eff.strategies.pipelined_bp.weights import Weights
 
@@ -214,7 +214,7 @@ def warn_of_other_stages(before: list[str], in_flight_before: int, starts: list[
     )
 
 
-def check_finite(model: nn.Module, weights: Weights, on_nonfinite: str) -> None:
+def check_finite(model: nn.Module, weights: Weights, on_nonfinite: OnNonFinite) -> None:
     """Stop a NaN or Inf gradient before it reaches a parameter. Every rank sees those of its own stages.
 
     Raises:
@@ -227,16 +227,13 @@ def check_finite(model: nn.Module, weights: Weights, on_nonfinite: str) -> None:
         return
     broken = {id(p) for p, g in grads if not bool(g.isfinite().all())}
     names = [name for name, p in model.named_parameters() if id(p) in broken]
-    if not names:  # squares of finite numbers that are too large
-        return
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    message = (
-        f"pipelined_bp: the gradient of micro-batch {weights.updates} is NaN or Inf on rank {rank} in {len(names)} "
-        f"parameters: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
+    # No names: squares of finite numbers that are too large.
+    stop_if_broken(
+        "pipelined_bp",
+        names,
+        gradient=f"the gradient of micro-batch {weights.updates}",
+        where=f"on rank {rank()}",
+        on_nonfinite=on_nonfinite,
+        unchanged="No parameter of this rank's stages was changed by it",
+        advice=" (with delays training is unstable earlier, see the method's card)",
     )
-    if on_nonfinite == "raise":
-        raise NonFiniteGradientError(
-            message + "No parameter of this rank's stages was changed by it. Lower the learning rate or clip gradients "
-            "(with delays training is unstable earlier, see the method's card); on_nonfinite='warn' goes on regardless."
-        )
-    warnings.warn(message + "The optimizer step goes on as asked.", EffWarning, stacklevel=2)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_eff.errors import EffError
+from lightning_eff.runtime.ranks import rank, world_size
 from lightning_eff.strategies.pipelined_bp.partition import Cut
 
 _BUCKET = 250 << 20
@@ -33,11 +34,11 @@ def told_by_rank_0(find: Callable[[], T], within: AbstractContextManager[None] |
         find: is called on rank 0.
         within: what the broadcast runs in.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world_size() == 1:
         return find()
     told: list[Any] = [None, None]
     failed: Exception | None = None
-    if dist.get_rank() == 0:
+    if rank() == 0:
         try:
             told[0] = find()
         except Exception as error:  # noqa: BLE001 - it is raised on every rank
@@ -94,10 +95,10 @@ class Gathered:
     def weights(self) -> None:
         """Give every rank the weights and buffers of their owners."""
         group = dist.distributed_c10d._get_default_group()
-        for rank, tensors in self._weights.items():
-            buffers = [getattr(module, key) for module, key in self._buffers[rank]]
+        for source, tensors in self._weights.items():
+            buffers = [getattr(module, key) for module, key in self._buffers[source]]
             if data := [t.detach() for t in (*tensors, *buffers)]:
-                dist._broadcast_coalesced(group, data, _BUCKET, rank)
+                dist._broadcast_coalesced(group, data, _BUCKET, source)
 
     def optimizer_state(self, ours: dict[str, Any]) -> dict[str, Any]:
         """The state of the whole optimizer on rank 0, from every rank's; elsewhere what it was."""
@@ -107,7 +108,7 @@ class Gathered:
         mine = {index[id(p)]: state for p, state in self._optimizer.state.items()}
         places = [index[id(p)] for group in self._optimizer.param_groups for p in group["params"]]
         streams = dict(zip(places, ours.get("bf16", {}).get("streams", ()), strict=False))
-        parts: list[Any] | None = [None] * self._positions if dist.get_rank() == 0 else None
+        parts: list[Any] | None = [None] * self._positions if rank() == 0 else None
         dist.gather_object((mine, streams), parts)
         if parts is None:
             return ours
@@ -124,9 +125,9 @@ class Gathered:
 
 def collected(value: T) -> list[T] | None:
     """Every rank's value, by rank, on rank 0; None elsewhere."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world_size() == 1:
         return [value]
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(value, parts)
     return parts
 
@@ -135,5 +136,5 @@ def metrics_of_rank_0(trainer: Any) -> None:
     """Give every rank what rank 0 has logged, for callbacks that decide by it."""
     metrics = [{k: v.detach().cpu() if hasattr(v, "detach") else v for k, v in trainer.callback_metrics.items()}]
     dist.broadcast_object_list(metrics, src=0)
-    if dist.get_rank() != 0:
+    if rank() != 0:
         trainer._logger_connector._callback_metrics.update(metrics[0])

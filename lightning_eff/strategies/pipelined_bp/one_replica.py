@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_eff.runtime.ranks import has_group
+
 
 class OneReplica:
     """World size 1 for whoever asks: the same batches everywhere, nothing to reduce; barriers and broadcasts real."""
@@ -52,7 +54,7 @@ class OneReplica:
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002 - Lightning's name
         """Whether all processes, or any, say so."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not has_group():
             return decision
         votes = torch.tensor(int(decision), dtype=torch.int64, device=self.root_device)  # type: ignore[attr-defined]
         with self._meeting("a decision"):  # type: ignore[attr-defined]

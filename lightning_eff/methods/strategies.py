@@ -1,4 +1,4 @@
-"""Rows of the strategies and the callbacks."""
+"""Rows of the strategies."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from lightning_eff.checks import SEED, Maybe, Real, Text, Whole, YesNo
+from lightning_eff.methods import papers
 from lightning_eff.methods.info import MethodInfo
-from lightning_eff.methods.state import LAYER_OF_PRUNING, LAYER_OF_STATISTICS, ListOf, Record, Table, TensorOf
+from lightning_eff.methods.state import ListOf, Record, Table, TensorOf
 
 
 def _one_part_for_each_stage(found: dict[str, Any]) -> str:
@@ -19,23 +20,15 @@ def _one_part_for_each_stage(found: dict[str, Any]) -> str:
     return ""
 
 
-def _seeded(found: dict[str, Any]) -> str:
-    pruned = any(layer["calls"] for layers in found["ranks"] for layer in layers.values())
-    return "a seed, where layers have been pruned" if pruned and found["seed"] is None else ""
-
-
 ROWS = (
     MethodInfo(
         name="dropcompute",
         kind="strategy",
+        family="stragglers",
         class_name="DropComputeStrategy",
-        shell="lightning_eff.strategies.dropcompute.strategy:DropComputeMixin",
+        mixin="lightning_eff.strategies.dropcompute.strategy:DropComputeMixin",
         summary="Data parallelism that does not wait for stragglers: late ranks drop micro-batches.",
-        paper=(
-            "Giladi, Gottlieb, Shkolnik, Karnieli, Banner, Hoffer, Levy, Soudry: DropCompute: simple and more "
-            "robust distributed synchronous training via compute variance reduction. NeurIPS 2023. "
-            "https://arxiv.org/abs/2306.10598"
-        ),
+        paper=papers.DROPCOMPUTE,
         conflicts={
             "sync_batchnorm": "its forward pass waits for ranks that may have dropped the micro-batch",
             "manual_optimization": "it has to know where an optimizer step begins and ends",
@@ -60,13 +53,11 @@ ROWS = (
     MethodInfo(
         name="pipelined_bp",
         kind="strategy",
+        family="staleness",
         class_name="PipelinedBPStrategy",
-        shell="lightning_eff.strategies.pipelined_bp.strategy:PipelinedBPMixin",
+        mixin="lightning_eff.strategies.pipelined_bp.strategy:PipelinedBPMixin",
         summary="Pipeline parallelism without bubble: stages update at once and allow for late gradients.",
-        paper=(
-            "Kosson, Chiley, Venigalla, Hestness, Köster: Pipelined backpropagation at scale: training large "
-            "models without batches. MLSys 2021. https://arxiv.org/abs/2003.11666"
-        ),
+        paper=papers.PIPELINED_BP,
         conflicts={
             "manual_optimization": "it runs forward, backward and step by itself",
             "accumulate_grad_batches": "every micro-batch is an update",
@@ -97,50 +88,6 @@ ROWS = (
             "eff/pipelined_bp/bubble_fraction": "the rest of it: waiting, sending, loading, hooks",
             "eff/pipelined_bp/transfer_s": "seconds per micro-batch of sending that computation does not hide",
             "eff/pipelined_bp/staleness": "updates between forward and backward of a sample, first stage, mean",
-        },
-    ),
-    MethodInfo(
-        name="gradient_pruning",
-        kind="callback",
-        class_name="GradientPruning",
-        shell="lightning_eff.callbacks.gradients.pruning:GradientPruningMixin",
-        summary="Unbiased pruning of the gradients at layer outputs to a set share of zeros.",
-        paper=(
-            "Chmiel, Ben-Uri, Shkolnik, Hoffer, Banner, Soudry: Neural gradients are near-lognormal: improved "
-            "quantized and sparse training. ICLR 2021. https://arxiv.org/abs/2006.08173"
-        ),
-        strategies=("single_device", "ddp"),
-        conflicts={
-            "16-mixed": "the loss scale changes between two fits and the threshold with it; use bf16-mixed",
-            "fsdp": "not shown to work yet; use strategy='ddp'",
-            "deepspeed": "not shown to work yet; use strategy='ddp'",
-        },
-        state=Record({"seed": Maybe(SEED), "ranks": ListOf(Table(LAYER_OF_PRUNING), 1)}, also=_seeded),
-        metrics={
-            "eff/gradient_pruning/sparsity": "share of zeros in the pruned gradients, over all layers",
-            "eff/gradient_pruning/sigma_log2": "deviation of log2|g| at the last fit, octaves, mean of layers",
-        },
-    ),
-    MethodInfo(
-        name="gradient_statistics",
-        kind="callback",
-        class_name="GradientStatistics",
-        shell="lightning_eff.callbacks.gradients.statistics:GradientStatisticsMixin",
-        summary="Measures how wide neural gradients are and recommends a float format for each layer.",
-        paper=(
-            "Chmiel, Ben-Uri, Shkolnik, Hoffer, Banner, Soudry: Neural gradients are near-lognormal: improved "
-            "quantized and sparse training. ICLR 2021. https://arxiv.org/abs/2006.08173"
-        ),
-        strategies=("single_device", "ddp"),
-        conflicts={
-            "fsdp": "not shown to work yet; use strategy='ddp'",
-            "deepspeed": "not shown to work yet; use strategy='ddp'",
-        },
-        state=Record({"layers": Table(LAYER_OF_STATISTICS)}),
-        metrics={
-            "eff/gradient_statistics/sigma_log2": "deviation of log2|g|, octaves, mean over layers",
-            "eff/gradient_statistics/zeros": "share of gradient elements that are zero, mean over layers",
-            "eff/gradient_statistics/exponent_bits": "recommended exponent bits, mean over layers",
         },
     ),
 )
