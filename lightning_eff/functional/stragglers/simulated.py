@@ -24,6 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,7 +210,11 @@ class TraceDelay(Delay):
         return (seconds / self.fast_s - 1).clamp(min=0)
 
 
-_NAMED: dict[str, type[Delay]] = {"lognormal": LognormalDelay, "stall": StallDelay, "slow": SlowRankDelay}
+_NAMED: dict[str, type[LognormalDelay] | type[StallDelay] | type[SlowRankDelay]] = {
+    "lognormal": LognormalDelay,
+    "stall": StallDelay,
+    "slow": SlowRankDelay,
+}
 _KINDS: dict[str, Callable[[str], float]] = {"int": int, "float": float}
 
 
@@ -239,8 +244,8 @@ def parse_delay(spec: str, *, seed: int = 0) -> Delay:
         raise ConfigurationError(
             f"No delay {shown(name)}.{hint} Known: {', '.join(_NAMED)}, or the path of a CSV file."
         )
-    types = {item.name: str(item.type) for item in fields(kind)}  # type: ignore[arg-type]
-    given = {"seed": seed} if "seed" in types else {}
+    types = {item.name: str(item.type) for item in fields(kind)}
+    given: dict[str, Any] = {"seed": seed} if "seed" in types else {}
     return kind(**given | dict(_option(name, text, types) for text in options.split(",") if text))
 
 
