@@ -15,7 +15,6 @@ def _seeded(found: dict[str, Any]) -> str:
     return "a seed, where layers have been pruned" if pruned and found["seed"] is None else ""
 
 
-
 def _rates_fit(found: dict[str, Any]) -> str:
     """Learning rates stand for the same parameter groups; before the phase there are no first ones yet."""
     known, begun = len(found["start_lrs"]) <= len(found["base_lrs"]), found["start_step"] is not None
