@@ -14,7 +14,7 @@ from lightning_eff.methods import METHODS, MethodInfo
 
 # ---- written by tests/faces.py from the rows of the methods
 if TYPE_CHECKING:
-    from lightning_eff.callbacks import GradientPruning, GradientStatistics, LowPrecision, LUQFineTuning
+    from lightning_eff.callbacks import GradientPruning, GradientStatistics, LowPrecision, LUQFineTuning, NonFiniteGuard
     from lightning_eff.optim import bf16_updates
     from lightning_eff.precision import (
         BF16EmulatedPrecision,
@@ -44,6 +44,7 @@ __all__ = [
     "LUQPrecision",
     "LowPrecision",
     "MethodInfo",
+    "NonFiniteGuard",
     "PipelinedBPStrategy",
     "__version__",
     "bf16_updates",

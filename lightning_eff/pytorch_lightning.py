@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_eff.callbacks.gradients.statistics import GradientStatisticsMixin
     from lightning_eff.callbacks.precision.low_precision import LowPrecisionMixin
     from lightning_eff.callbacks.precision.luq_fine_tuning import LUQFineTuningMixin
+    from lightning_eff.callbacks.run.non_finite_guard import NonFiniteGuardMixin
     from lightning_eff.precision.bf16 import BF16Mixin
     from lightning_eff.precision.bf16_emulated import BF16EmulatedMixin
     from lightning_eff.precision.dfp16 import DFP16Mixin
@@ -84,6 +85,9 @@ if TYPE_CHECKING:
     class GradientStatistics(GradientStatisticsMixin, Callback):
         """Measures how wide neural gradients are and recommends a float format for each layer."""
 
+    class NonFiniteGuard(NonFiniteGuardMixin, Callback):
+        """Stops or skips a step with a NaN or Inf gradient or loss before it changes a parameter."""
+
 
 __all__ = [
     "BF16EmulatedPrecision",
@@ -98,6 +102,7 @@ __all__ = [
     "LUQFineTuning",
     "LUQPrecision",
     "LowPrecision",
+    "NonFiniteGuard",
     "PipelinedBPStrategy",
 ]
 # ---- end of what is written

@@ -15,7 +15,7 @@ PRECISION = (
     *("FlexpointPrecision", "LUQPrecision"),
 )
 STRATEGIES = ("DropComputeStrategy", "PipelinedBPStrategy")
-CALLBACKS = ("GradientPruning", "GradientStatistics", "LUQFineTuning", "LowPrecision")
+CALLBACKS = ("GradientPruning", "GradientStatistics", "LUQFineTuning", "LowPrecision", "NonFiniteGuard")
 CLASSES = (*PRECISION, *STRATEGIES, *CALLBACKS)
 NAMES = {
     "lightning_eff": ("METHODS", "MethodInfo", "__version__", "bf16_updates", *CLASSES),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_eff.callbacks.gradients.statistics import GradientStatisticsMixin
     from lightning_eff.callbacks.precision.low_precision import LowPrecisionMixin
     from lightning_eff.callbacks.precision.luq_fine_tuning import LUQFineTuningMixin
+    from lightning_eff.callbacks.run.non_finite_guard import NonFiniteGuardMixin
 
     class LowPrecision(LowPrecisionMixin, Callback):
         """Puts a low-precision method onto whatever precision plugin the Trainer has; needs no string."""
@@ -30,12 +31,16 @@ if TYPE_CHECKING:
     class GradientStatistics(GradientStatisticsMixin, Callback):
         """Measures how wide neural gradients are and recommends a float format for each layer."""
 
+    class NonFiniteGuard(NonFiniteGuardMixin, Callback):
+        """Stops or skips a step with a NaN or Inf gradient or loss before it changes a parameter."""
+
 
 __all__ = [
     "GradientPruning",
     "GradientStatistics",
     "LUQFineTuning",
     "LowPrecision",
+    "NonFiniteGuard",
 ]
 # ---- end of what is written
 

@@ -22,6 +22,10 @@ def _rates_fit(found: dict[str, Any]) -> str:
     return "" if fits else "at most as many start_lrs as base_lrs, and a start_step where there are any"
 
 
+def _in_a_row_at_most(found: dict[str, Any]) -> str:
+    return "" if found["in_a_row"] <= found["skipped"] else "at most as many in_a_row as skipped"
+
+
 _RATES = ListOf(Real(0))
 
 
@@ -93,5 +97,24 @@ ROWS = (
             "eff/gradient_statistics/zeros": "share of gradient elements that are zero, mean over layers",
             "eff/gradient_statistics/exponent_bits": "recommended exponent bits, mean over layers",
         },
+    ),
+    MethodInfo(
+        name="non_finite_guard",
+        kind="callback",
+        family="numerics",
+        class_name="NonFiniteGuard",
+        mixin="lightning_eff.callbacks.run.non_finite_guard:NonFiniteGuardMixin",
+        summary="Stops or skips a step with a NaN or Inf gradient or loss before it changes a parameter.",
+        paper=papers.OURS,
+        strategies=("single_device", "ddp"),
+        conflicts={
+            "fsdp": "not shown to work yet; use strategy='ddp'",
+            "fsdp2": "its ranks hold parts of gradients; use strategy='ddp'",
+            "deepspeed": "it keeps gradients in buffers of its own; use strategy='ddp'",
+            "dropcompute": "its ranks may drop their losses; it has this guard itself, on_nonfinite=",
+            "pipelined_bp": "its stages step at different samples; it has this guard itself, on_nonfinite=",
+        },
+        state=Record({"skipped": Whole(), "in_a_row": Whole()}, also=_in_a_row_at_most),
+        metrics={"eff/non_finite_guard/skipped": "optimizer steps of the run that were skipped so far"},
     ),
 )
