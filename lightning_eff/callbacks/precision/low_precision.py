@@ -8,12 +8,13 @@ change the private methods the strings are attached to.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_eff.checks import Instance, Maybe, Text, check
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.integration.graft import check_options, check_strategy, graft
 from lightning_eff.integration.names import Request, parse_precision, precision_method
+from lightning_eff.methods import METHODS, MethodInfo
 
 __all__ = ["LowPrecisionMixin"]
 
@@ -34,6 +35,8 @@ class LowPrecisionMixin:
         ConfigurationError: an option is unknown or outside its range; in ``setup``, the method is already there with
             other options.
     """
+
+    info: ClassVar[MethodInfo] = METHODS["low_precision"]
 
     def __init__(self, method: str = "luq4", options: Mapping[str, Any] | None = None) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
@@ -20,20 +20,9 @@ from lightning_eff.callbacks.one_run import OneRunMixin
 from lightning_eff.checks import Maybe, Real, Whole, check
 from lightning_eff.errors import ConfigurationError, EffWarning, UnsupportedCombinationError
 from lightning_eff.functional.numerics.luq import fnt_learning_rate
-from lightning_eff.methods.state import ListOf, Record, read_state
+from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.methods.state import read_state
 from lightning_eff.optim.steps import Closure
-
-
-def _rates_fit(found: dict[str, Any]) -> str:
-    """Learning rates stand for the same parameter groups; before the phase there are no first ones yet."""
-    known, begun = len(found["start_lrs"]) <= len(found["base_lrs"]), found["start_step"] is not None
-    fits = known and (begun or not found["start_lrs"])
-    return "" if fits else "at most as many start_lrs as base_lrs, and a start_step where there are any"
-
-
-_RATES = ListOf(Real(0))
-STATE = Record({"start_step": Maybe(Whole()), "start_lrs": _RATES, "base_lrs": _RATES}, also=_rates_fit)
-"""What is kept in a checkpoint."""
 
 
 @dataclass
@@ -84,6 +73,8 @@ class LUQFineTuningMixin(OneRunMixin):
 
     State: ``start_step`` and, for each parameter group, ``start_lrs`` and ``base_lrs``.
     """
+
+    info: ClassVar[MethodInfo] = METHODS["luq_fine_tuning"]
 
     def __init__(self, steps: int, base_lr: float | None = None) -> None:
         super().__init__()
@@ -208,9 +199,9 @@ class LUQFineTuningMixin(OneRunMixin):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the checkpoint was made; a CheckpointError, and nothing changed, if the state is damaged."""
-        remove = "del checkpoint['callbacks']['LUQFineTuning']"
-        found = read_state(STATE, state_dict, of="LUQFineTuning", remove=remove)
-        self._start_step, self._start_lrs, self._base_lrs = (found[key] for key in STATE.keys)
+        info = self.info
+        found = read_state(info.state, state_dict, of=info.class_name, remove=info.remove_state)
+        self._start_step, self._start_lrs, self._base_lrs = (found[key] for key in info.state_keys)
 
 
 def _param_groups(trainer: Any, only: Optimizer | None = None) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
