@@ -511,12 +511,12 @@ def _measurements(rank: int, world: int) -> dict[str, tuple[float, bool]]:
     seen: dict[str, tuple[float, bool]] = {}
 
     def on_train_batch_start(self: Any, batch: Any, batch_idx: int) -> None:
-        seen.setdefault(self.fit, (used.threshold_s, used._has_measured))
+        seen.setdefault(self.fit, (used.threshold_s, used._search.has_measured))
 
     trainer, model = _trainer(used, accumulate_grad_batches=M), _model(on_train_batch_start=on_train_batch_start)
     model.fit = "first"
     trainer.fit(model, _rows())
-    seen["measured"] = (used.threshold_s, used._has_measured)
+    seen["measured"] = (used.threshold_s, used._search.has_measured)
     trainer.fit_loop.max_epochs, model.fit = 4, "longer"
     trainer.fit(model, _rows())
     other = _model(on_train_batch_start=on_train_batch_start)

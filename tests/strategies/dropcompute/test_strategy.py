@@ -272,7 +272,7 @@ def test_what_would_wait_for_a_rank_is_refused(what: str, message: str) -> None:
 
 
 def test_a_file_that_is_not_for_timings_is_refused_before_the_run(tmp_path: Path) -> None:
-    from lightning_eff.strategies.dropcompute.compatibility import refuse
+    from lightning_eff.strategies.dropcompute.compatibility import refuse_trainer
 
     (tmp_path / "train.py").write_text("import torch\nprint(1)")
     runner: Any = SimpleNamespace(
@@ -280,7 +280,7 @@ def test_a_file_that_is_not_for_timings_is_refused_before_the_run(tmp_path: Path
     )
     for name, said in (("train.py", "holds something else"), ("none/run.csv", "there is no folder")):
         with pytest.raises(ConfigurationError, match=said):
-            refuse(runner, None, None, str(tmp_path / name))
+            refuse_trainer(runner, layer_sync=None, record_timings=str(tmp_path / name))
 
 
 def _one_micro_batch(rank: int, world: int) -> list[str]:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_eff.errors import UnsupportedCombinationError
-from lightning_eff.runtime.rng import same_on_all_ranks
-from lightning_eff.strategies.pipelined_bp import consolidate as gather
+from lightning_eff.runtime.ranks import find_on_rank_0
+from lightning_eff.runtime.rng import broadcast_generators
 from lightning_eff.strategies.pipelined_bp.channel import _DTYPES, ALIGNMENT, DATA, NOTHING, Channel, Message
-from lightning_eff.strategies.pipelined_bp.partition import Cut
+from lightning_eff.strategies.pipelined_bp.consolidate import Consolidation
+from lightning_eff.strategies.pipelined_bp.partition import Partition
 from tests.harness import run_ranks
 from tests.strategies.pipelined_bp.models import bits
 
@@ -227,14 +228,16 @@ def _bring_together(rank: int, world: int) -> Any:
     for p in model.parameters():
         optimizer.state[p] = {"momentum_buffer": torch.full_like(p, float(rank))}
     owners = {name: int(name[0]) for name, _ in model.named_parameters()}
-    found = Cut((0, 1), (0, 1), owners, {f"{i}.average": i for i in range(2)})
-    gathered = gather.Gathered(model, optimizer, found, position=1 - rank)
+    partition = Partition((0, 1), (0, 1), owners, {f"{i}.average": i for i in range(2)})
+    consolidation = Consolidation(model, optimizer, partition, position=1 - rank)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4], "nothing is changed until asked for"
+    consolidation.keep_own_parameters()
     trains = [len(group["params"]) for group in optimizer.param_groups]
     for module in model:
         module.step(rank + 1.0)
-    gathered.weights()
+    consolidation.broadcast_weights()
     values = [(float(m.linear.weight.mean()), float(m.average.mean())) for m in model]
-    state = gathered.optimizer_state(optimizer.state_dict())
+    state = consolidation.gather_optimizer_state(optimizer.state_dict())
     moments = {i: float(s["momentum_buffer"].mean()) for i, s in state["state"].items()}
     return trains, values, moments, state["param_groups"][0]["params"]
 
@@ -268,7 +271,7 @@ def _ask_rank_0(rank: int, world: int, kind: str) -> Any:
         return 7
 
     try:
-        return gather.told_by_rank_0(find)
+        return find_on_rank_0(find)
     except Exception as error:  # noqa: BLE001 - it is what is looked at
         return type(error).__name__, str(error)
 
@@ -295,7 +298,7 @@ def _draw(rank: int, world: int) -> Any:
     torch.manual_seed(rank)
     random.seed(rank)
     np.random.seed(rank)  # noqa: NPY002 - what third parties draw from
-    same_on_all_ranks()
+    broadcast_generators()
     return float(torch.rand(())), random.random(), float(np.random.rand())  # noqa: NPY002
 
 

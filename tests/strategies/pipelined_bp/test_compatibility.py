@@ -19,7 +19,7 @@ from torch import nn
 from lightning_eff.errors import ConfigurationError, EffWarning, NoEffectWarning, UnsupportedCombinationError
 from lightning_eff.functional.staleness.stability import max_stable_lr
 from lightning_eff.strategies import PipelinedBPStrategy
-from lightning_eff.strategies.pipelined_bp.compatibility import refuse, refuse_optimizers, warn_if_unstable
+from lightning_eff.strategies.pipelined_bp.compatibility import refuse_optimizers, refuse_trainer, warn_if_unstable
 from lightning_eff.strategies.pipelined_bp.mitigation import parse_mitigation
 from tests.harness import run_ranks
 from tests.strategies.pipelined_bp.models import CUTS, bits, differences, fit, loader, strategy, task, trainer
@@ -117,18 +117,18 @@ def fake_trainer(**changes: Any) -> Any:
 )
 def test_a_combination_is_refused_with_what_to_do(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(UnsupportedCombinationError, match=told):
-        refuse(fake_trainer(**changes), 2, 2)
-    refuse(fake_trainer(callbacks=[GradientAccumulationScheduler({0: 1})]), 2, 2)
+        refuse_trainer(fake_trainer(**changes), num_stages=2, positions=2)
+    refuse_trainer(fake_trainer(callbacks=[GradientAccumulationScheduler({0: 1})]), num_stages=2, positions=2)
 
 
 def test_stages_need_at_least_one_process_each() -> None:
     with pytest.raises(
         ConfigurationError, match=r"stages=2 cannot be spread over 3 processes. Use Trainer\(devices=2\)"
     ):
-        refuse(fake_trainer(), 2, 3)
-    refuse(fake_trainer(), "layers", 3)
+        refuse_trainer(fake_trainer(), num_stages=2, positions=3)
+    refuse_trainer(fake_trainer(), num_stages="layers", positions=3)
     with pytest.warns(NoEffectWarning, match="changes nothing with one stage in one process"):
-        refuse(fake_trainer(), 1, 1)
+        refuse_trainer(fake_trainer(), num_stages=1, positions=1)
 
 
 def test_one_optimizer_and_none_that_calls_back() -> None:
@@ -218,7 +218,7 @@ def said(call: Callable[[], Any]) -> list[str]:
 def warned(lr: float, momentum: float, delay: int, curvature: float | None, text: str = "lwp+sc") -> list[str]:
     sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=lr, momentum=momentum)
     mitigation = parse_mitigation(text, horizon=None, gamma=0.9, stash=False)
-    return said(lambda: warn_if_unstable(sgd, mitigation, [delay, 0], [curvature, None]))
+    return said(lambda: warn_if_unstable(sgd, mitigation, delays=[delay, 0], curvatures=[curvature, None]))
 
 
 @pytest.mark.parametrize("text", ["none", "sc", "lwp", "lwp_w", "lwp+sc", "lwp_w+sc", "spectrain", "stash+sc"])
@@ -246,14 +246,14 @@ def test_the_stage_nearest_to_its_limit_is_told() -> None:
     """A late stage with a small delay may be the one that cannot train."""
     sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.05, momentum=0.5)
     mitigation = parse_mitigation("none", horizon=None, gamma=0.9, stash=False)
-    (told,) = said(lambda: warn_if_unstable(sgd, mitigation, [2, 1, 0], [0.1, 100.0, 1.0]))
+    (told,) = said(lambda: warn_if_unstable(sgd, mitigation, delays=[2, 1, 0], curvatures=[0.1, 100.0, 1.0]))
     assert "not stable in stage 1, with a delay of 1 and a curvature of 100;" in told
 
 
 def test_of_other_optimizers_nothing_is_said() -> None:
     adam = torch.optim.Adam([nn.Parameter(torch.ones(1))], lr=100.0)
     mitigation = parse_mitigation("lwp", horizon=None, gamma=0.9, stash=False)
-    assert said(lambda: warn_if_unstable(adam, mitigation, [100], [100.0])) == []
+    assert said(lambda: warn_if_unstable(adam, mitigation, delays=[100], curvatures=[100.0])) == []
 
 
 def _said_by_a_run(rank: int, world: int, curvature: Any) -> list[str]:

@@ -99,8 +99,8 @@ def _hooks(rank: int, folder: Path, kind: str, victim: int, where: str, at: int)
     def on_train_start(self: Any) -> None:
         def before(*_: Any) -> None:
             """A layer fails, after its input has come; not when rank 0 looks at it."""
-            runner = self.trainer.strategy._runner
-            reach("layer", runner is not None and runner.sample == at)
+            engine = self.trainer.strategy._engine
+            reach("layer", engine is not None and engine.sample == at)
 
         self.net[2].register_forward_pre_hook(before)
 
@@ -235,8 +235,8 @@ def _poisoned(rank: int, world: int, victim: int, at: int, value: float, options
     model = task(hooks={"training_step": training_step, "on_before_optimizer_step": on_before_optimizer_step})
 
     def infinite(grad: Tensor) -> Tensor:
-        runner = run.strategy._runner
-        return grad * value if runner is not None and runner.weights.updates == at else grad
+        engine = run.strategy._engine
+        return grad * value if engine is not None and engine.weights.updates == at else grad
 
     if math.isinf(value):
         dict(model.named_parameters())[OF_STAGE[world][victim]].register_hook(infinite)

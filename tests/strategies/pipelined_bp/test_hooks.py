@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError
-from lightning_eff.strategies.pipelined_bp import hooks, report, timeline
+from lightning_eff.strategies.pipelined_bp import batches, hooks, report, timeline
 from lightning_eff.strategies.pipelined_bp.timeline import Sums, Timeline
 from tests.strategies.pipelined_bp.test_parts import CPU, SGD, HandMade, optimizer
 
@@ -19,16 +19,16 @@ def test_an_optimizers_step_is_its_schedulers_again() -> None:
     sgd = optimizer(SGD)
     schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 0.5**step)
     wrapped, calls = sgd.step, []
-    with hooks.own_step(sgd, lambda step: calls.append("update") or step()):
+    with hooks.replace_step(sgd, lambda step: calls.append("update") or step()):
         assert sgd.step(lambda: calls.append("closure") or 3) == 3
     assert calls == ["closure", "update"]
     assert sgd.step is wrapped
     schedule.step()  # it warns (an error here) unless the optimizer's own step was run before
-    with pytest.raises(ArithmeticError), hooks.own_step(sgd, lambda step: step()):
+    with pytest.raises(ArithmeticError), hooks.replace_step(sgd, lambda step: step()):
         raise ArithmeticError
     assert sgd.step is wrapped
     plain = optimizer(SGD)
-    with hooks.own_step(plain, lambda step: step()):
+    with hooks.replace_step(plain, lambda step: step()):
         assert "step" in plain.__dict__
     assert "step" not in plain.__dict__
 
@@ -49,13 +49,13 @@ def test_smaller_batches_come_from_the_same_loader() -> None:
         collate_fn=len, num_workers=1, generator=torch.Generator().manual_seed(3), drop_last=True, timeout=7,
         worker_init_fn=print, prefetch_factor=5, persistent_workers=True,
     )  # fmt: skip
-    made = hooks.with_batch_size(given, 4)
+    made = batches.split_batches(given, 4)
     assert made.batch_size == 4
     kept = ("dataset", "sampler", "collate_fn", "num_workers", "generator", "drop_last", "timeout", "worker_init_fn")
     for name in (*kept, "prefetch_factor", "persistent_workers", "pin_memory", "multiprocessing_context"):
         assert getattr(made, name) is getattr(given, name), name
     assert given.batch_size == 8
-    assert hooks.with_batch_size(given, 8) is given
+    assert batches.split_batches(given, 8) is given
 
 
 @pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"dataset": Stream()}], ids=["order", "shuffle", "stream"])
@@ -65,7 +65,7 @@ def test_they_hold_the_same_samples(options: dict[str, Any]) -> None:
         return [batch[0] if isinstance(batch, list) else batch for batch in given]
 
     given = loader(**options)
-    whole, parts = rows(given), rows(hooks.with_batch_size(given, 4))
+    whole, parts = rows(given), rows(batches.split_batches(given, 4))
     assert torch.equal(torch.cat(whole), torch.cat(parts))
     assert {len(part) for part in parts} == {4}
 
@@ -86,7 +86,7 @@ def test_they_hold_the_same_samples(options: dict[str, Any]) -> None:
 )
 def test_a_loader_that_cannot_be_split_is_told(given: Callable[[], Any], size: int, told: str) -> None:
     with pytest.raises(ConfigurationError, match=told):
-        hooks.with_batch_size(given(), size)
+        batches.split_batches(given(), size)
 
 
 BATCH: dict[str, Any] = {"x": torch.arange(600.0).view(3, 200), "y": [torch.tensor(1)], "name": "a"}
@@ -100,18 +100,18 @@ BATCH: dict[str, Any] = {"x": torch.arange(600.0).view(3, 200), "y": [torch.tens
     ],
 )  # fmt: skip
 def test_a_fingerprint_changes_with_the_data(change: dict[str, Any]) -> None:
-    assert hooks.fingerprint({**BATCH, **change}) != hooks.fingerprint(BATCH)
+    assert batches.fingerprint({**BATCH, **change}) != batches.fingerprint(BATCH)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.complex64, torch.uint8, torch.float64], ids=str)
 def test_every_batch_has_a_fingerprint(dtype: torch.dtype) -> None:
     many = [torch.ones(shape, dtype=dtype) for shape in ((), (0, 3), (3, 200), (1,))]
-    found = [hooks.fingerprint(t) for t in many]
-    assert found == [hooks.fingerprint(t.clone()) for t in many]
+    found = [batches.fingerprint(t) for t in many]
+    assert found == [batches.fingerprint(t.clone()) for t in many]
     assert all(0 <= code < 2**32 for code in found)
     assert len(set(found)) == 4
-    assert hooks.fingerprint(many[2].t().t()) == found[2]
-    assert hooks.fingerprint(None) == hooks.fingerprint("no tensor") == 0
+    assert batches.fingerprint(many[2].t().t()) == found[2]
+    assert batches.fingerprint(None) == batches.fingerprint("no tensor") == 0
 
 
 class Model:
@@ -130,6 +130,8 @@ def test_a_scheduler_waits_for_the_update_of_its_sample() -> None:
 
     model, count, known = Model(), Count(), []
     steps = hooks.SchedulerSteps(model, lambda: known[0] if known else None)
+    assert "lr_scheduler_step" not in model.__dict__
+    undo = steps.install()
     model.lr_scheduler_step("before the first batch", None)
     assert model.stepped == [("before the first batch", None)]
     known.append(count)
@@ -143,7 +145,7 @@ def test_a_scheduler_waits_for_the_update_of_its_sample() -> None:
     count.updates = 5  # drained
     steps.run_due()
     assert model.stepped[1:] == [("step", i) for i in range(5)]
-    steps.undo()
+    undo()
     assert "lr_scheduler_step" not in model.__dict__
 
 
@@ -176,15 +178,15 @@ def test_a_timeline_sums_what_was_done(clock: Callable[[float], None]) -> None:
         ):
             line.switch(kind, i)  # type: ignore[arg-type]
             clock(seconds)
-        line.micro_batch(staleness=i)
+        line.count_micro_batch(staleness=i)
         line.pause()
         clock(1000)  # a validation counts nowhere
-    recent = line.record()
+    recent = line.take_recent()
     assert (recent.busy_s, recent.wait_s, recent.transfer_s, recent.other_s) == (3 * 26, 3, 12, 96)
     assert (recent.micro_batches, recent.staleness) == (3, 3)
     assert recent.utilisation == 26 / 63
     assert recent.per_micro_batch(recent.staleness) == 1.0
-    assert line.record() == Sums()
+    assert line.take_recent() == Sums()
     assert line.run == recent
     spans = line.spans()
     assert [(span.kind, span.end_s - span.start_s) for span in spans[:4]] == [
@@ -202,7 +204,7 @@ def test_a_long_run_keeps_its_last_micro_batches(clock: Callable[[float], None])
     for i in range(2000):
         line.switch("forward", i)
         clock(0.5)
-        line.micro_batch(0)
+        line.count_micro_batch(0)
     assert line.run.busy_s == 0.5 * 1999, "the last is still under way"
     assert len(line._spans) <= 16 * timeline.KEPT + 1
     assert {span.micro_batch for span in line.spans()} == set(range(1998 - timeline.KEPT, 1999))

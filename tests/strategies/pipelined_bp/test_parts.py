@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
-from lightning_eff.runtime.rng import USER, Randomness, drawn_seed
+from lightning_eff.runtime.rng import USER, Randomness, seed_of_run
 from lightning_eff.strategies.pipelined_bp.mitigation import PARTS, Mitigation, fitting, parse_mitigation, velocity
 from lightning_eff.strategies.pipelined_bp.weights import Stage, Weights
 
@@ -86,11 +86,11 @@ def test_the_stream_inside_another_leaves_it_as_it_was() -> None:
 def test_a_runs_seed_is_that_of_torch_and_drawing_it_draws_nothing() -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    assert drawn_seed() == drawn_seed()
+    assert seed_of_run() == seed_of_run()
     assert torch.equal(torch.get_rng_state(), before)
-    one = drawn_seed()
+    one = seed_of_run()
     torch.manual_seed(8)
-    assert drawn_seed() != one
+    assert seed_of_run() != one
 
 
 # ---------------------------------------------------------------------------------------------------- mitigation

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
-from lightning_eff.strategies.pipelined_bp.partition import cut
-from lightning_eff.strategies.pipelined_bp.profiling import Look, curvature_at, look_at
+from lightning_eff.strategies.pipelined_bp.partition import partition_stack
+from lightning_eff.strategies.pipelined_bp.profiling import Profile, measure_curvature, profile_stack
 from lightning_eff.strategies.pipelined_bp.stack import Stack, find_stack
 from tests.strategies.pipelined_bp.test_stack import W, linears
 
@@ -41,9 +41,9 @@ class Tied(nn.Module):
         return {"loss": out.square().mean()}
 
 
-def looked(tied: Tied) -> tuple[Stack, Look]:
+def looked(tied: Tied) -> tuple[Stack, Profile]:
     stack = find_stack(tied, "net")
-    return stack, look_at(tied, stack, tied.step, CPU)
+    return stack, profile_stack(tied, stack, tied.step, CPU)
 
 
 def test_a_look_sees_what_runs_where() -> None:
@@ -118,7 +118,7 @@ def test_a_look_leaves_nothing_behind(ends: str, of: str) -> None:
 
     stack = find_stack(traces, "net")
     try:
-        look_at(traces, stack, step, CPU) if of == "look" else curvature_at(traces, step, CPU)
+        profile_stack(traces, stack, step, CPU) if of == "look" else measure_curvature(traces, step, CPU)
     except ArithmeticError:
         assert ends == "badly"
     assert calls, "the step has run"
@@ -175,7 +175,7 @@ def test_a_step_that_shows_nothing_is_refused(tied: Tied, step: Any, error: type
 
     given = tied.step if step is None else (lambda: run_and(step)) if isinstance(step, str) else step
     with pytest.raises(error, match=told):
-        look_at(tied, find_stack(tied, "net"), given, CPU)
+        profile_stack(tied, find_stack(tied, "net"), given, CPU)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -201,7 +201,7 @@ def test_compiled_layers_are_not_compiled_once_for_each() -> None:
 def cut_at(tied: Tied, stages: Any, positions: int = 1, costs: list[float] | None = None) -> Any:
     stack, look = looked(tied)
     look.costs_s = costs or [1.0] * len(stack)
-    return cut(tied, stack, look, stages, positions)
+    return partition_stack(tied, stack, look, stages=stages, positions=positions)
 
 
 @pytest.mark.parametrize(

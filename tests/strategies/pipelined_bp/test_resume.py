@@ -321,20 +321,20 @@ RUNS["lwp_w+sc dropout"] = ({"mitigation": "lwp_w+sc"}, DROPOUT)
 
 
 def _lopsided(*args: Any) -> Any:
-    """A look that finds the last layer a hundred times slower than the others."""
-    from lightning_eff.strategies.pipelined_bp.profiling import look_at
+    """A profile that finds the last layer a hundred times slower than the others."""
+    from lightning_eff.strategies.pipelined_bp.profiling import profile_stack
 
-    found = look_at(*args)
+    found = profile_stack(*args)
     found.costs_s = [1.0] * (len(found.costs_s) - 1) + [100.0]
     return found
 
 
 def _balanced(rank: int, world: int, folder: str) -> list[Outcome]:
-    from lightning_eff.strategies.pipelined_bp import strategy as pipelined_bp
+    from lightning_eff.strategies.pipelined_bp import assembly
 
     plan = {"stages": "auto"}
     whole = run(folder, world, plan, DROPOUT, saves=[4])
-    with replaced(pipelined_bp, "look_at", _lopsided):
+    with replaced(assembly, "profile_stack", _lopsided):
         return [whole, run(folder, world, plan, DROPOUT, resume=4), run(folder, world, plan, DROPOUT)]
 
 

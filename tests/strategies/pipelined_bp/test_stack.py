@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
-from lightning_eff.strategies.pipelined_bp.stack import Captured, Carry, Entry, Form, Stack, find_stack, run
+from lightning_eff.strategies.pipelined_bp.carry import Carry, Form, run_layers
+from lightning_eff.strategies.pipelined_bp.entry import Captured, Entry
+from lightning_eff.strategies.pipelined_bp.stack import Stack, find_stack
 
 W = 4
 
@@ -184,7 +186,7 @@ def entered(stack: Stack, step: Callable[[], Any]) -> tuple[Any, list[Carry]]:
 
     def inside(carry: Carry) -> Any:
         seen.append(carry)
-        return run(stack.layers, carry).x
+        return run_layers(stack.layers, carry).x
 
     with Entry(stack, inside):
         return step(), seen
