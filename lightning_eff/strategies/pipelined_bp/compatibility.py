@@ -19,6 +19,7 @@ from lightning_eff.errors import (
 from lightning_eff.functional.staleness import stability
 from lightning_eff.integration.trainer_parts import is_compiled
 from lightning_eff.methods import METHODS
+from lightning_eff.runtime.contracts import ScalePredictor
 from lightning_eff.runtime.roll_call import RollCall
 from lightning_eff.strategies.pipelined_bp.mitigation import Mitigation
 
@@ -119,8 +120,8 @@ def refuse_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 
 def refuse_predicted_scales(plugin: Any, *, positions: int) -> None:
     """Raise for a precision whose layers predict scales: each rank would remember, and save, its own layers' alone."""
-    memories = getattr(plugin, "_memories", None)
-    if positions > 1 and memories is not None and memories():
+    predicts_scales = isinstance(plugin, ScalePredictor) and plugin.predicts_scales()
+    if positions > 1 and predicts_scales:
         raise UnsupportedCombinationError(
             f"'pipelined_bp' over {positions} processes cannot be combined with {plugin.info.name!r}, whose layers "
             "predict scales from the steps before: a resumed run would go on from other ones. Use one process "

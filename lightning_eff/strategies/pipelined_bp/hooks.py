@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from lightning_eff.runtime.contracts import ScalePredictor
 from lightning_eff.runtime.patches import Undo, replace_attribute
 from lightning_eff.strategies.pipelined_bp.weights import Weights
 
@@ -87,15 +89,6 @@ def clip_by_stage(plugin: Any, weights: Callable[[], Weights | None]) -> Undo:
     return replace_attribute(plugin, "clip_gradients", clip_gradients)
 
 
-@contextlib.contextmanager
-def precision_unchanged(plugin: Any) -> Iterator[None]:
-    """Keep nothing of what quantised layers draw and observe inside: rounding streams, predicted scales."""
-    memories = getattr(plugin, "_memories", None)
-    before = plugin.state_dict() if memories else None
-    try:
-        yield
-    finally:
-        if memories:
-            plugin.load_state_dict(before)
-            for memory in memories():
-                memory.forget()
+def precision_unchanged(plugin: object) -> AbstractContextManager[None]:
+    """Return a context that keeps nothing of what quantised layers draw and observe inside, nor predicted scales."""
+    return plugin.unchanged() if isinstance(plugin, ScalePredictor) else contextlib.nullcontext()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_eff.strategies.pipelined_bp.gantt import Span
+from lightning_eff.strategies.pipelined_bp.gantt import Kind, Span
 
 Activity = Literal["forward", "backward", "update", "wait", "transfer", "other"]
 """What a rank does at a time."""
@@ -16,6 +16,8 @@ SELDOM = 256
 """Micro-batches after which spans are summed up on CUDA if nobody has asked for them."""
 KEPT = 64
 """Micro-batches whose spans are kept for the picture: the last ones."""
+_DRAWN: dict[Activity, Kind] = {"forward": "forward", "backward": "backward", "update": "update", "wait": "wait"}
+"""What the picture shows: sending and the rest are left out."""
 
 
 @dataclass
@@ -145,5 +147,9 @@ class Timeline:
         if not self._spans:
             return []
         oldest = self._spans[-1][1] - KEPT
-        kept = [span for span in self._spans if span[1] >= oldest and span[0] not in ("transfer", "other")]
-        return [Span(self.stage, kind, micro_batch, start, end) for kind, micro_batch, start, end in kept]  # type: ignore[arg-type]
+        spans: list[Span] = []
+        for activity, micro_batch, start_s, end_s in self._spans:
+            kind = _DRAWN.get(activity)
+            if kind is not None and micro_batch >= oldest:
+                spans.append(Span(self.stage, kind, micro_batch, start_s, end_s))
+        return spans
