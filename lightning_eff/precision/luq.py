@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from lightning_eff.functional.numerics.luq import Rounding
+from lightning_eff.functional.numerics.luq import GradientRounding
 from lightning_eff.functional.numerics.sawb import Unsigned
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.precision.formats.config import LUQConfig, OnNonFinite, Products, options_from
@@ -60,7 +60,7 @@ class LUQMixin(QuantizedPrecisionMixin):
         unsigned: Unsigned = "mirror5",
         hindsight: float | None = None,
         power_of_two: bool = False,
-        gradient_rounding: Rounding = "luq",
+        gradient_rounding: GradientRounding = "luq",
         exempt: Sequence[str] = (),
         exempt_first_last: bool = True,
         pack_relu: bool = True,

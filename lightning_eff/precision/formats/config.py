@@ -11,11 +11,10 @@ import torch
 from lightning_eff.checks import ON_NONFINITE, Choice, Maybe, Names, Rule, Whole, YesNo, check, checked
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.numerics.flexpoint import ALPHA, BETA, GAMMA, LENGTH
-from lightning_eff.functional.numerics.float_format import ROUNDING, Rounding
+from lightning_eff.functional.numerics.float_format import ROUNDING, FloatRounding
 from lightning_eff.functional.numerics.fp8 import HISTORY, MARGIN
-from lightning_eff.functional.numerics.luq import LEVELS, MOMENTUM, SAMPLES
+from lightning_eff.functional.numerics.luq import LEVELS, MOMENTUM, SAMPLES, GradientRounding
 from lightning_eff.functional.numerics.luq import ROUNDING as GRADIENT_ROUNDING
-from lightning_eff.functional.numerics.luq import Rounding as GradientRounding
 from lightning_eff.functional.numerics.sawb import UNSIGNED, Unsigned
 from lightning_eff.kernels.fp8 import ALIGNMENT
 from lightning_eff.methods import METHODS
@@ -222,7 +221,7 @@ class FlexpointConfig(IntegerConfig):
     length: int = 16
     store_results: bool = True
     weights: MasterWeights = "float32"
-    weight_rounding: Rounding = "nearest"
+    weight_rounding: FloatRounding = "nearest"
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         **IntegerConfig.RULES,
@@ -255,7 +254,7 @@ class FittedConfig(LayerConfig):
     bits: int = 8
     refit_every_n_steps: int = 100
     scale: FittedScale = "max"
-    gradient_rounding: Rounding = "nearest"
+    gradient_rounding: FloatRounding = "nearest"
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         **LayerConfig.RULES,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_eff.errors import EffWarning
-from lightning_eff.functional.staleness.mitigation import delay
+from lightning_eff.functional.staleness.schedule import stage_delay
 from lightning_eff.runtime.figures import console
 from lightning_eff.strategies.pipelined_bp import compatibility
 from lightning_eff.strategies.pipelined_bp.mitigation import Mitigation
@@ -133,7 +133,7 @@ class Assembly:
             return
         partition = blueprint.partition
         # D_s = k (S - 1 - s) updates, k = in_flight.
-        delays = [delay(s, partition.stages, in_flight=self.in_flight) for s in range(partition.stages)]
+        delays = [stage_delay(s, partition.stages, in_flight=self.in_flight) for s in range(partition.stages)]
         table = partition_table(stack, blueprint.profile, partition, parameters=self.trained(), delays=delays)
         console(140).print(table)
         compatibility.warn_if_unstable(optimizer, mitigation, delays=delays, curvatures=blueprint.curvatures)

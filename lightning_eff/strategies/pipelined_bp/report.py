@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_eff.functional.staleness.mitigation import flush_bubble
+from lightning_eff.functional.staleness.schedule import flush_bubble
 from lightning_eff.runtime.figures import console
 from lightning_eff.strategies.pipelined_bp.gantt import Span, schedule_svg
 from lightning_eff.strategies.pipelined_bp.timeline import Sums
