@@ -12,13 +12,7 @@ __all__ = [
     "is_searching_learning_rate",
     "keep_samplers",
     "layer_sync_of",
-    "trainer_of",
 ]
-
-
-def trainer_of(module: Any) -> Any:
-    """Return the Trainer that a LightningModule belongs to, or None; the public property raises without one."""
-    return getattr(module, "_trainer", None)
 
 
 def is_compiled(module: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -13,13 +14,17 @@ from torch import nn
 from lightning_eff.errors import EffWarning
 from lightning_eff.functional.staleness.schedule import stage_delay
 from lightning_eff.runtime.figures import console
+from lightning_eff.runtime.rng import Randomness
+from lightning_eff.runtime.roll_call import RollCall
 from lightning_eff.strategies.pipelined_bp import compatibility
+from lightning_eff.strategies.pipelined_bp.engine import Engine
 from lightning_eff.strategies.pipelined_bp.mitigation import Mitigation
+from lightning_eff.strategies.pipelined_bp.neighbours import Neighbours
 from lightning_eff.strategies.pipelined_bp.partition import Partition, partition_stack, partition_table
 from lightning_eff.strategies.pipelined_bp.profiling import Profile, measure_curvature, profile_stack
-from lightning_eff.strategies.pipelined_bp.resume import saved_starts
+from lightning_eff.strategies.pipelined_bp.resume import restore_weights, saved_starts
 from lightning_eff.strategies.pipelined_bp.stack import Stack, find_stack
-from lightning_eff.strategies.pipelined_bp.weights import Stage
+from lightning_eff.strategies.pipelined_bp.weights import Stage, Weights
 
 __all__ = ["Assembly", "Blueprint"]
 
@@ -78,7 +83,7 @@ class Assembly:
 
         Args:
             step: runs the user's ``training_step`` on the first batch.
-            seed: of the run's random numbers.
+            seed: of the run's random numbers, unless a checkpoint says which.
         """
         least = self.stages if isinstance(self.stages, int) else 2
         stack = find_stack(self.model, self.module, stages=least)
@@ -88,6 +93,7 @@ class Assembly:
         stages = self.stages if kept is None else kept
         partition = partition_stack(self.model, stack, profile, stages=stages, positions=self.positions)
         curvatures = [self._curvature(step, partition, stage) for stage in range(partition.stages)]
+        seed = seed if self.saved is None else self.saved["seed"]
         return Blueprint(stack.name, profile, partition, seed, curvatures)
 
     def _curvature(self, step: Callable[[], Any], partition: Partition, stage: int) -> float | None:
@@ -103,13 +109,41 @@ class Assembly:
         name = blueprint.stack_name if self.module is None and blueprint.stack_name else self.module
         return find_stack(self.model, name, stages=blueprint.partition.stages)
 
-    def make_stages(self, blueprint: Blueprint) -> list[Stage]:
-        """Return this rank's stages."""
+    def make_weights(
+        self, blueprint: Blueprint, stack: Stack, *, optimizer: torch.optim.Optimizer, mitigation: Mitigation
+    ) -> Weights:
+        """Return the weights of this rank's stages, as a checkpoint left them if the run goes on from one.
+
+        Raises:
+            CheckpointError: the checkpoint lacks weights of these stages.
+        """
         partition = blueprint.partition
-        return [
+        stages = [
             Stage(s, partition.stages, self.in_flight, self._parameters_of(partition, s))
             for s in partition.stages_of(self.position)
         ]
+        weights = Weights(stages, mitigation, optimizer)
+        if self.saved is not None:
+            starts = [stack.names[i] for i in partition.starts]
+            restore_weights(weights, self.saved, starts=starts, in_flight=self.in_flight)
+        return weights
+
+    def connect_engine(
+        self, blueprint: Blueprint, stack: Stack, weights: Weights, *, roll_call: RollCall, timeout: timedelta
+    ) -> Engine:
+        """Connect this rank to its neighbours, and return what runs it; all ranks together.
+
+        Args:
+            blueprint: of the pipeline.
+            stack: its layers.
+            weights: of this rank's stages.
+            roll_call: where ranks note how far they have come.
+            timeout: after which a message that does not come is an error.
+        """
+        profile, partition = blueprint.profile, blueprint.partition
+        neighbours = Neighbours(position=self.position, positions=self.positions, roll_call=roll_call)
+        neighbours.connect(profile, partition, device=self.device, in_flight=self.in_flight, timeout=timeout)
+        return Engine(stack, profile, partition, weights, Randomness(blueprint.seed, self.device), neighbours)
 
     def announce(
         self,

@@ -24,20 +24,19 @@ from lightning_eff.integration.rank_faults import RankFaults
 from lightning_eff.integration.trainer_parts import forget_layer_sync, keep_samplers
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.runtime.figures import is_logged, log_figures
-from lightning_eff.runtime.finite import OnNonFinite, find_nonfinite, stop_if_broken
+from lightning_eff.runtime.finite import OnNonFinite
 from lightning_eff.runtime.patches import Undo
 from lightning_eff.runtime.ranks import broadcast_weights, find_on_rank_0, gather_on_rank_0
-from lightning_eff.runtime.rng import Randomness, broadcast_generators, seed_of_run
+from lightning_eff.runtime.rng import broadcast_generators, seed_of_run
 from lightning_eff.strategies.pipelined_bp import batches, compatibility, hooks
 from lightning_eff.strategies.pipelined_bp.assembly import Assembly
 from lightning_eff.strategies.pipelined_bp.consolidate import Consolidation
 from lightning_eff.strategies.pipelined_bp.engine import Engine
+from lightning_eff.strategies.pipelined_bp.gradients import check_gradients
 from lightning_eff.strategies.pipelined_bp.mitigation import fitting, parse_mitigation
-from lightning_eff.strategies.pipelined_bp.neighbours import Neighbours
 from lightning_eff.strategies.pipelined_bp.one_replica import OneReplica
 from lightning_eff.strategies.pipelined_bp.options import OPTIONS
 from lightning_eff.strategies.pipelined_bp.report import print_verdict
-from lightning_eff.strategies.pipelined_bp.resume import restore_weights
 from lightning_eff.strategies.pipelined_bp.trained import TrainedParameters
 from lightning_eff.strategies.pipelined_bp.weights import Weights
 from lightning_eff.strategies.step_guard import StepGuard
@@ -193,48 +192,31 @@ class PipelinedBPMixin(OneReplica, StepGuard, RankFaults):
         model: Any = self.lightning_module
         optimizer = self.optimizers[0]
         mitigation, left_out = fitting(self.mitigation, optimizer)
-        saved, self._saved = self._saved, None
-        position = self.positions - 1 - self.global_rank
         assembly = Assembly(
             model=model,
             device=self.root_device,
             module=self.module,
             stages=self.num_stages,
             positions=self.positions,
-            position=position,
+            position=self.positions - 1 - self.global_rank,
             in_flight=self.in_flight,
             curvature=self.curvature,
-            saved=saved,
+            saved=self._saved,
         )
+        self._saved = None
         with hooks.precision_unchanged(self.precision_plugin):
             blueprint = find_on_rank_0(
                 lambda: assembly.draw_up(step, seed=seed_of_run(self._trainer.global_step)),
                 within=self.naming_lost_ranks("the first micro-batch"),
             )
-        partition = blueprint.partition
         stack = assembly.find_stack(blueprint)
-        stages = assembly.make_stages(blueprint)
         assembly.announce(blueprint, stack, optimizer=optimizer, mitigation=mitigation, left_out=left_out)
-        weights = Weights(stages, mitigation, optimizer)
-        seed = blueprint.seed
-        if saved is not None:
-            seed = saved["seed"]
-            starts = [stack.names[i] for i in partition.starts]
-            restore_weights(weights, saved, starts=starts, in_flight=self.in_flight)
-        self._consolidation = Consolidation(model, optimizer, partition, position=position)
+        weights = assembly.make_weights(blueprint, stack, optimizer=optimizer, mitigation=mitigation)
+        self._consolidation = Consolidation(model, optimizer, blueprint.partition, position=assembly.position)
         self._undo.append(self._consolidation.restore_optimizer)
         self._consolidation.keep_own_parameters()
         roll_call: Any = self.roll_call
-        neighbours = Neighbours(position=position, positions=self.positions, roll_call=roll_call)
-        neighbours.connect(
-            blueprint.profile,
-            partition,
-            device=self.root_device,
-            in_flight=self.in_flight,
-            timeout=self._message_timeout,
-        )
-        randomness = Randomness(seed, self.root_device)
-        return Engine(stack, blueprint.profile, partition, weights, randomness, neighbours)
+        return assembly.connect_engine(blueprint, stack, weights, roll_call=roll_call, timeout=self._message_timeout)
 
     # ------------------------------------------------------------------------------------------ a micro-batch
 
@@ -294,24 +276,9 @@ class PipelinedBPMixin(OneReplica, StepGuard, RankFaults):
         if engine.is_last and engine.arrived is None:
             engine.skip_loss()
         if engine.arrived:
-            self._check_finite(engine.weights)
+            model: Any = self.lightning_module
+            check_gradients(model, engine.weights, rank=self.global_rank, on_nonfinite=self.on_nonfinite)
         engine.update(step)
-
-    def _check_finite(self, weights: Weights) -> None:
-        """Stop a NaN or Inf gradient before it reaches a parameter. Every rank sees those of its own stages."""
-        broken = {id(p) for p in find_nonfinite(weights.parameters)}
-        if not broken:
-            return
-        model: Any = self.lightning_module
-        stop_if_broken(
-            self.info.name,
-            [name for name, p in model.named_parameters() if id(p) in broken],
-            gradient=f"the gradient of micro-batch {weights.updates}",
-            where=f"on rank {self.global_rank}",
-            on_nonfinite=self.on_nonfinite,
-            unchanged="No parameter of this rank's stages was changed by it",
-            advice=" (with delays training is unstable earlier, see the method's card)",
-        )
 
     # ------------------------------------------------------------------------------------------ where ranks meet
 

@@ -96,11 +96,11 @@ def run(
         warnings.simplefilter("always")
         runner.fit(built, ResumableLoader(), loader(10, seed=2, shuffle=False), ckpt_path=where)
     result = outcome_of(built, runner)
-    inner = getattr(used, "_runner", None)
+    engine = getattr(used, "_engine", None)
     result.extra = {
         "warned": [str(w.message) for w in caught if "pipelined_bp" in str(w.message)],
-        "starts": inner and inner.cut.starts,
-        "samples": inner and inner.weights.samples,
+        "starts": engine and engine.partition.starts,
+        "samples": engine and engine.weights.samples,
     }
     return result
 
