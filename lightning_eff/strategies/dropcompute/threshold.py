@@ -58,6 +58,7 @@ class MeasuredSteps:
         return table, (walls.mean(1) - table.sum(-1).amax(1)).clamp(min=0)
 
 
+@dataclass
 class ThresholdSearch:
     """Measures steps without dropping, and lets all ranks agree on a threshold.
 
@@ -66,14 +67,14 @@ class ThresholdSearch:
         has_measured: whether it comes from a measurement that has ended.
         measuring_until: the optimizer step at which the measurement ends; 0 for none.
         unsettled_until: the last of the steps at the beginning whose times are not counted.
+        measured: times of the steps so far.
     """
 
-    def __init__(self) -> None:
-        self.threshold_s = math.inf
-        self.has_measured = False
-        self.measuring_until = 0
-        self.unsettled_until = 0
-        self._measured = MeasuredSteps()
+    threshold_s: float = math.inf
+    has_measured: bool = False
+    measuring_until: int = 0
+    unsettled_until: int = 0
+    measured: MeasuredSteps = field(default_factory=MeasuredSteps)
 
     def begin(self, steps: int, options: SearchOptions) -> None:
         """Begin a run after ``steps`` steps: of other layers, batches or machines nothing measured before is true."""
@@ -81,7 +82,7 @@ class ThresholdSearch:
         self.threshold_s = math.inf if is_automatic else float(options.threshold)
         self.unsettled_until = steps + UNSETTLED_STEPS
         self.measuring_until = steps + options.warmup_steps if is_automatic else 0
-        self._measured = MeasuredSteps()
+        self.measured = MeasuredSteps()
         self.has_measured = False
 
     def tau(self, steps: int) -> float:
@@ -127,25 +128,25 @@ class ThresholdSearch:
             is_whole: whether the step was a full one, and no rank dropped anything.
             broadcast: gives every rank what rank 0 has.
         """
-        if micro_batches != self._measured.micro_batches:
+        if micro_batches != self.measured.micro_batches:
             self._measure_anew(steps, options, micro_batches)
         is_wanted = steps <= self.measuring_until or bool(options.record_timings)
         if is_whole and is_wanted and steps > self.unsettled_until:
-            self._measured.rows.append([*times, wall_s])
+            self.measured.rows.append([*times, wall_s])
         self._estimate(steps, options, broadcast)
 
     def _measure_anew(self, steps: int, options: SearchOptions, micro_batches: int) -> None:
         """Begin another measurement: ``accumulate_grad_batches`` has changed, what was measured is of another step."""
-        if self._measured.micro_batches and options.threshold == "auto":
+        if self.measured.micro_batches and options.threshold == "auto":
             self.measuring_until, self.has_measured = steps + options.warmup_steps, False
-        self._measured = MeasuredSteps(micro_batches=micro_batches)
+        self.measured = MeasuredSteps(micro_batches=micro_batches)
 
     def _estimate(self, steps: int, options: SearchOptions, broadcast: Callable[[float], float]) -> None:
         """Choose the threshold at the end of a measurement; where asked, begin another."""
         every = options.re_estimate_every_n_steps
         is_end = steps == self.measuring_until
-        if is_end and self._measured.rows:
-            table, other = self._measured.gather()
+        if is_end and self.measured.rows:
+            table, other = self.measured.gather()
             _record(options, table, other, steps)
             # Algorithm 2: tau* with the most computed samples per second, of those that drop no more than allowed.
             tau = best_threshold(
@@ -156,13 +157,13 @@ class ThresholdSearch:
         elif is_end and math.isinf(self.threshold_s):
             warnings.warn(
                 f"dropcompute has measured nothing and drops nothing: none of {options.warmup_steps} steps was a full "
-                f"one of accumulate_grad_batches={self._measured.micro_batches} micro-batches. Use fewer, or "
+                f"one of accumulate_grad_batches={self.measured.micro_batches} micro-batches. Use fewer, or "
                 "threshold=seconds.",
                 NoEffectWarning,
                 stacklevel=2,
             )
-        elif options.record_timings and len(self._measured.rows) == options.warmup_steps:
-            _record(options, *self._measured.gather(), steps)
+        elif options.record_timings and len(self.measured.rows) == options.warmup_steps:
+            _record(options, *self.measured.gather(), steps)
         elif every and options.threshold == "auto" and steps % every == 0:
             self.measuring_until = steps + max(options.warmup_steps // 5, 1)
 

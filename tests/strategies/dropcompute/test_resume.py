@@ -97,7 +97,7 @@ def _run(
         "global_step": runner.global_step,
         "threshold_s": getattr(strategy, "threshold_s", None),
         "strategy_steps": getattr(strategy, "_steps", None),
-        "measuring_until": getattr(strategy, "_measuring_until", None),
+        "measuring_until": strategy._search.measuring_until if hasattr(strategy, "_search") else None,
         "max_steps": runner.max_steps,
         "runner": runner,
     }
