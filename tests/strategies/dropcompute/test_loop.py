@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_eff.errors import EffError
 from tests.harness import run_ranks
-from tests.strategies.dropcompute.test_strategy import PLAN, SAMPLES, STEPS, M, planned, reference
+from tests.strategies.dropcompute.plans import PLAN, SAMPLES, STEPS, M, planned, reference
 from tests.strategies.models import (
     BATCH,
     NAMESPACES,
