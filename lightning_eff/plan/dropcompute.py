@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from lightning_eff.functional.stragglers.model import MIN_GAIN, best_threshold, 
 from lightning_eff.functional.stragglers.simulated import parse_delay
 from lightning_eff.functional.stragglers.threshold import check_min_micro_batches, completed, compute_times
 from lightning_eff.plan.timings import BootstrapSource, DelaySource, FittedSource, Source, read_timings
+from lightning_eff.runtime import figures
 
 WINDOW_STEPS = 44
 """Steps the threshold is chosen from, as in the published code (steps 6 to 49)."""
@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None, *, console: Console | None = None) -
         EffError: an argument or the file is not allowed, or matplotlib is missing; the caller prints it.
     """
     options = _parser().parse_args(argv)
-    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    console = console or figures.console(160)
     source = _source(options)
     names = ("steps", "window_steps", "repetitions", "min_micro_batches", "max_drop_rate", "min_gain", "seed")
     settings = {name: getattr(options, name) for name in names}

@@ -17,7 +17,7 @@ LOOK_S = 0.2
 
 
 def this_process() -> str:
-    """What names this process to others: machine, number, start; empty where the system does not tell (no Linux)."""
+    """Return the name of this process: machine, number, start; empty where the system does not tell (no Linux)."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         numbers = str(Path("/proc/self/ns/pid").readlink())  # process numbers of a container are its own
@@ -28,7 +28,7 @@ def this_process() -> str:
 
 
 def lives(process: str) -> bool | None:
-    """Whether a process that :func:`this_process` named lives; None if it runs where that cannot be seen."""
+    """Return whether a process that :func:`this_process` named lives; None if it runs where that cannot be seen."""
     *place, number, started = process.split(" ") if process else ("", "", "")
     if place != this_process().split(" ")[:-2]:
         return None
@@ -71,7 +71,7 @@ def _end_with(parent: int) -> None:
 
 
 def lost_a_loader_worker(error: BaseException) -> bool:
-    """Whether the error says that a worker of a DataLoader has ended, or that it broke off what it was sending."""
+    """Return whether an error says that a worker of a DataLoader has ended, or broke off what it was sending."""
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return True
     if not isinstance(error, OSError | EOFError):

@@ -93,7 +93,7 @@ def _answers(host: str, port: int, within_s: float) -> bool:
 
 
 def is_ours() -> bool:
-    """Whether the default process group was formed by :func:`form_group`."""
+    """Return whether the default process group was formed by :func:`form_group`."""
     return dist.is_initialized() and bool(
         dist.distributed_c10d._get_default_store().check([f"{_FORMED}/{dist.get_rank()}"])
     )

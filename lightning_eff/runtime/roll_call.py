@@ -45,7 +45,7 @@ _IN_USE = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
 class _Seen(NamedTuple):
-    """What one rank has noted.
+    """Holds what one rank has noted in the store.
 
     Attributes:
         run: number of the run it is in; 0 if it was never seen.
@@ -143,7 +143,7 @@ class RollCall:
         self._note_end(_RAISED, f"{what}{type(error).__name__}: {_first_line(error)}"[:500])
 
     def lost(self, where: str, error: BaseException) -> RankLostError:
-        """The error that says who is missing, and what became of them; :attr:`missing` are they.
+        """Return the error that says who is missing, and what became of them; :attr:`missing` are they.
 
         Args:
             where: this rank was.
@@ -285,7 +285,7 @@ def _all_waited(others: dict[int, _Seen]) -> str:
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Whether torch.distributed raised it because other ranks, or the store, did not answer."""
+    """Return whether torch.distributed raised the error because other ranks, or the store, did not answer."""
     if not isinstance(error, RuntimeError) or isinstance(error, EffError) or _IN_USE.search(str(error)):
         return False
     return isinstance(error, dist.DistError) or bool(_OF_GLOO.search(str(error)))

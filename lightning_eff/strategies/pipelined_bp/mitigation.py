@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_eff.checks import Text, check, shown
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
 from lightning_eff.functional.staleness.directions import adam_direction, nadam_direction
-from lightning_eff.strategies.options import HORIZON, SHRINK
+from lightning_eff.strategies.pipelined_bp.options import HORIZON, SHRINK
 
 PARTS = ("none", "lwp", "lwp_w", "sc", "stash", "spectrain", "shrink")
 _ALTERNATIVES = {"lwp", "lwp_w", "spectrain", "none"}

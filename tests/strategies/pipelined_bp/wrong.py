@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_eff.runtime.rng import Randomness
 from lightning_eff.strategies.pipelined_bp import hooks, weights
-from lightning_eff.strategies.pipelined_bp.engine import Runner
+from lightning_eff.strategies.pipelined_bp.engine import Engine
 from lightning_eff.strategies.pipelined_bp.mitigation import Mitigation
 from lightning_eff.strategies.pipelined_bp.weights import Weights
 from tests.strategies.pipelined_bp.models import replaced
@@ -60,4 +60,4 @@ def no_streams() -> Any:
 
 def update_without_a_gradient() -> Any:
     """A stage steps as soon as its turn comes."""
-    return replaced(Runner, "update", lambda self, step: self.weights.update(step))
+    return replaced(Engine, "update", lambda self, step: self.weights.update(step))

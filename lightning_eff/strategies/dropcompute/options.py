@@ -1,4 +1,4 @@
-"""What the options of the strategies may be."""
+"""What the options of ``strategy="dropcompute"`` may be."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from lightning_eff.checks import (
     Either,
     Instance,
     Maybe,
-    Names,
     Real,
     Rule,
     Text,
@@ -23,11 +22,12 @@ from lightning_eff.checks import (
 from lightning_eff.functional.stragglers.simulated import Delay
 from lightning_eff.functional.stragglers.threshold import NORMALIZE
 
+__all__ = ["OPTIONS", "UNSETTLED_STEPS"]
+
 UNSETTLED_STEPS = 5
 """Steps at the beginning of a run whose times say nothing about later ones."""
-_BACKEND = Maybe(Text("the name of a backend ('gloo', 'nccl')", ".+"))
 
-DROPCOMPUTE: Mapping[str, Rule] = MappingProxyType({
+OPTIONS: Mapping[str, Rule] = MappingProxyType({
     "threshold": Either(Choice("auto"), Real(0, math.inf)),
     "warmup_steps": Whole(UNSETTLED_STEPS + 1, 10_000, "their times are gathered and searched as a whole"),
     "max_drop_rate": Real(0, 1, above=True),
@@ -39,24 +39,6 @@ DROPCOMPUTE: Mapping[str, Rule] = MappingProxyType({
     "delay": Maybe(Either(Text("a kind of delay or the path of a CSV file"), Instance(Delay, "a Delay"))),
     "record_timings": Maybe(Text("the path of a file", r"[^\0]+")),
     "on_nonfinite": ON_NONFINITE,
-    "process_group_backend": _BACKEND,
-    "timeout_s": TIMEOUT,
-})  # fmt: skip
-HORIZON = Maybe(Real(0, 1000))
-"""A multiple of each stage's delay; weights predicted further ahead have nothing to do with those to come."""
-SHRINK = Real(0, 1, above=True)
-PIPELINED_BP: Mapping[str, Rule] = MappingProxyType({
-    "module": Maybe(Text("the name of a module")),
-    "stages": Maybe(Either(Whole(1, 2**16), Choice("auto", "layers"), Names("a list of layer names", 1))),
-    "mitigation": Text("parts joined with '+', as in 'lwp+sc'"),
-    "horizon": HORIZON,
-    "micro_batch_size": Maybe(Whole(1, 2**24, "samples of one forward pass")),
-    "stash": YesNo(),
-    "in_flight": Whole(1, 64, "each keeps its activations, and a copy of the weights of every stage before the last"),
-    "shrink_factor": SHRINK,
-    "curvature": Maybe(Either(Choice("measure"), Real(0, above=True))),
-    "on_nonfinite": ON_NONFINITE,
-    "schedule_picture": YesNo(),
-    "process_group_backend": _BACKEND,
+    "process_group_backend": Maybe(Text("the name of a backend ('gloo', 'nccl')", ".+")),
     "timeout_s": TIMEOUT,
 })  # fmt: skip
