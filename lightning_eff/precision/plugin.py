@@ -244,6 +244,21 @@ class QuantizedPrecisionMixin(StepsMixin):
         """What all layers remember, in the same order on every rank."""
         return [memory for state in self.states().values() for memory in state.memories.values()]
 
+    def predicts_scales(self) -> bool:
+        """Return whether any layer predicts a scale; see :class:`lightning_eff.runtime.contracts.ScalePredictor`."""
+        return bool(self._memories())
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Generator[None]:
+        """Keep nothing of what the layers draw and observe within: rounding stream, phase and predictions go back."""
+        before = self.state_dict()
+        try:
+            yield
+        finally:
+            self.load_state_dict(before)
+            for memory in self._memories():
+                memory.forget()
+
     def _device(self) -> torch.device:
         parameters = (p for module, _ in self._conversions.values() for p in module.parameters())
         return next((p.device for p in parameters), torch.device("cpu"))
