@@ -21,15 +21,16 @@ def is_logged(trainer: Any, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def log_figures(trainer: Any, figures: Mapping[str, float]) -> None:
+def log_figures(trainer: Any, figures: Mapping[str, float], *, step: int | None = None) -> None:
     """Hand figures to every logger of the Trainer.
 
     Args:
         trainer: Lightning's.
         figures: name -> value.
+        step: optimizer steps made; None for the Trainer's own count, which stands still where raw optimizers step.
     """
     for logger in trainer.loggers:
-        logger.log_metrics(dict(figures), step=trainer.global_step)
+        logger.log_metrics(dict(figures), step=trainer.global_step if step is None else step)
 
 
 def console(width: int = 110) -> Console:

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.precision.formats.config import LUQConfig
+from lightning_eff.precision.formats.luq import LUQOptions
 from lightning_eff.precision.layers.convert import Conversion, convert
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
-ALL = LUQConfig(exempt_first_last=False)
+ALL = LUQOptions(exempt_first_last=False)
 
 
-def config(**options: Any) -> LUQConfig:
-    return LUQConfig(**{"exempt_first_last": False, **options})
+def every_layer(**options: Any) -> LUQOptions:
+    return LUQOptions(**{"exempt_first_last": False, **options})
 
 
 def converted(model: nn.Module, **options: Any) -> tuple[nn.Module, Conversion]:
     """``model``, its every supported layer converted."""
-    return model, convert(model, config(**options))
+    return model, convert(model, every_layer(**options))
 
 
 def body() -> nn.Sequential:

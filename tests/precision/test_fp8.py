@@ -15,18 +15,18 @@ from lightning_eff.errors import ConfigurationError, NonFiniteGradientError
 from lightning_eff.functional import fp8_quantize
 from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
 from lightning_eff.precision import FP8Precision
-from lightning_eff.precision.formats.config import FP8Config
+from lightning_eff.precision.formats.fp8 import FP8Options
 from lightning_eff.precision.layers.convert import convert
 from tests.precision.models import parameters_of, task, trainer
 
-CONFIG = FP8Config(exempt_first_last=False, filter_slow=False)
+CONFIG = FP8Options(exempt_first_last=False, filter_slow=False)
 BF16 = 2.0**-8
 """Relative rounding of a sum to bfloat16, the one rounding beside the casts."""
 
 
 @pytest.fixture(autouse=True)
 def _small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_eff.precision.formats.config.SLOW_FEATURES", 0)
+    monkeypatch.setattr("lightning_eff.precision.formats.fp8.SLOW_FEATURES", 0)
 
 
 def close(ours: torch.Tensor | None, theirs: torch.Tensor, terms: int) -> None:

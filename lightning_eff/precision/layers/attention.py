@@ -22,7 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_eff.precision.layers.linear import apply_linear
 from lightning_eff.precision.layers.state import LayerState
-from lightning_eff.precision.layers.twins import STATE, Twin, active_state, plain_of, takes
+from lightning_eff.precision.layers.twins import STATE, Twin, active_state, run_plain, takes
 
 
 class AttentionTwin(Twin, nn.MultiheadAttention):
@@ -68,11 +68,10 @@ def _attend(
     nested = query.is_nested or key.is_nested or value.is_nested
     if state is not None and not nested and has_torch_function((query, key, value)):
         arguments = (module, query, key, value, key_padding_mask, *flags)
-        return handle_torch_function(_attend, (query, key, value), *arguments)  # type: ignore[no-any-return]
+        return handle_torch_function(_attend, (query, key, value), *arguments)
     takes_it = state is not None and not nested and _takes(module, state, query, key, value)
     if state is None or not takes_it or (is_causal and attn_mask is None):  # torch wants a mask and says so
-        plain = plain_of(module)
-        return plain.forward(module, query, key, value, key_padding_mask, *flags)  # type: ignore[no-any-return]
+        return run_plain(module, query, key, value, key_padding_mask, *flags)
     fused = _is_fused(module, query, key, value)
     batched = F._mha_shape_check(  # type: ignore[attr-defined]
         query, key, value, key_padding_mask, attn_mask, module.num_heads

@@ -13,9 +13,8 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from lightning_eff.kernels.geometry import Geometry, Triple, shared_geometry
 from lightning_eff.precision.layers.autograd import quantized_conv, quantized_linear
-from lightning_eff.precision.layers.sharded import own_class
 from lightning_eff.precision.layers.state import LayerState
-from lightning_eff.precision.layers.twins import Twin, active_state, plain_of, takes
+from lightning_eff.precision.layers.twins import Twin, active_state, run_plain, takes
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -84,13 +83,13 @@ class HFConv1DTwin(Twin):
 def _linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     state = active_state(module, x)
     if state is None:
-        return plain_of(module).forward(module, x)  # type: ignore[no-any-return]
+        return run_plain(module, x)
     if x.is_nested and x.size(-1) == weight.shape[1] and getattr(x, "_ragged_idx", 1) == 1:
         return over_nested(lambda rows: _linear(module, rows, weight, bias), x)
     if has_torch_function_unary(x):
-        return handle_torch_function(_linear, (x,), module, x, weight, bias)  # type: ignore[no-any-return]
+        return handle_torch_function(_linear, (x,), module, x, weight, bias)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1] or not takes(state, x, weight, bias):
-        return plain_of(module).forward(module, x)  # type: ignore[no-any-return]
+        return run_plain(module, x)
     return apply_linear(x, weight, bias, state)
 
 
@@ -122,18 +121,18 @@ class ConvTwin(Twin, _ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *space) or (C, *space) -> (N, O, *space') or (O, *space')."""
         if torch.jit.is_scripting():
-            return self._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return]
+            return self._conv_forward(input, self.weight, self.bias)
         return _convolve(self, input)
 
 
 def _convolve(module: _ConvNd, x: Tensor) -> Tensor:
     state = active_state(module, x)
     if state is not None and has_torch_function_unary(x):
-        return handle_torch_function(_convolve, (x,), module, x)  # type: ignore[no-any-return]
+        return handle_torch_function(_convolve, (x,), module, x)
     if state is None or not takes(state, x, module.weight, module.bias) or not _fits(module, x):
-        return plain_of(module).forward(module, x)  # type: ignore[no-any-return]
+        return run_plain(module, x)
     if state.weights_only:
-        return module._conv_forward(x, int4_weight(module.weight, state), module.bias)  # type: ignore[no-any-return]
+        return module._conv_forward(x, int4_weight(module.weight, state), module.bias)
     if x.dim() == len(module.kernel_size) + 1:
         return _convolve(module, x.unsqueeze(0)).squeeze(0)
     padding = _symmetric_padding(module)
@@ -165,31 +164,3 @@ def _total_padding(module: _ConvNd) -> list[int]:
         return [2 * p for p in symmetric]
     both = module._reversed_padding_repeated_twice[::-1]
     return [a + b for a, b in zip(both[::2], both[1::2], strict=True)]
-
-
-# --------------------------------------------------------------------------------------------------- which has one
-
-
-def mixin_of(module: nn.Module) -> type[Twin] | None:
-    """The mixin that makes a quantised twin of ``module``, or None.
-
-    A subclass has its base's twin where it leaves the methods alone that the twin replaces. What ``fully_shard`` made
-    of a layer has the layer's.
-    """
-    own = own_class(type(module))
-    own = getattr(own, "_eff_plain", own)  # of a converted layer, what it was
-    for base in own.__mro__:
-        mixin = _registered(base)
-        if mixin is not None:
-            return mixin if all(getattr(own, key) is getattr(base, key) for key in mixin.CALLED) else None
-    return None
-
-
-def _registered(base: type[nn.Module]) -> type[Twin] | None:
-    if base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils":
-        return HFConv1DTwin
-    if base is nn.MultiheadAttention:
-        from lightning_eff.precision.layers.attention import AttentionTwin
-
-        return AttentionTwin
-    return {nn.Linear: LinearTwin, nn.Conv1d: ConvTwin, nn.Conv2d: ConvTwin, nn.Conv3d: ConvTwin}.get(base)

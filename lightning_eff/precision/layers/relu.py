@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_eff.kernels.relu import apply_mask, packs, relu_mask
-from lightning_eff.precision.layers.twins import Twin, plain_of, unquantised
+from lightning_eff.precision.layers.twins import Twin, run_plain, unquantised
 
 
 class _Masked(torch.autograd.Function):
@@ -53,7 +53,7 @@ class ReLUTwin(Twin):
         if torch.jit.is_scripting():
             return F.relu(input, inplace=self.inplace)
         if not _packs_now(input):
-            return plain_of(self).forward(self, input)  # type: ignore[no-any-return]
+            return run_plain(self, input)
         y: Tensor = _PackedReLU.apply(input, self.inplace)
         return y
 
