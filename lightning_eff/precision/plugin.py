@@ -27,7 +27,7 @@ from lightning_eff.precision.layers.report import change_line, conversion_table,
 from lightning_eff.precision.layers.state import LayerState
 from lightning_eff.precision.method import keys_of_variants
 from lightning_eff.precision.run import StepsMixin
-from lightning_eff.runtime.figures import console, log_figures
+from lightning_eff.runtime.figures import console, log_figures, of_method
 from lightning_eff.runtime.finite import FIND_OPERATION, stop_if_broken
 from lightning_eff.runtime.ranks import rank
 from lightning_eff.runtime.runs import Run
@@ -298,11 +298,12 @@ class QuantizedPrecisionMixin(StepsMixin):
         collected: dict[str, list[float]] = {}
         for state in self.states().values():
             for key, value in state.metrics.items():
-                collected.setdefault(f"eff/{self.info.name}/{key}", []).append(float(value))
+                collected.setdefault(key, []).append(float(value))
             state.metrics = {}
         finite = {key: [v for v in values if math.isfinite(v)] for key, values in collected.items()}
         if collected:
-            self.metrics = {key: statistics.mean(values) for key, values in finite.items() if values}
+            means = {key: statistics.mean(values) for key, values in finite.items() if values}
+            self.metrics = of_method(self.info.name, means)
             log_figures(trainer, self.metrics, step=self._current_step())
 
     # ------------------------------------------------------------------------------------------ state
