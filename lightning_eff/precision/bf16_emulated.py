@@ -18,7 +18,7 @@ from lightning_eff.runtime.finite import OnNonFinite
 
 
 class BF16EmulatedMixin(QuantizedPrecisionMixin):
-    """bfloat16 training as the study defines it: bfloat16 operands and results of every product, float32 the rest.
+    """Trains in bfloat16 as the study defines it: bfloat16 operands and results of every product, float32 the rest.
 
     Inputs, weights and output gradients of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D are
     rounded to bfloat16 (to nearest, ties to even), multiplied with float32 sums, and outputs and input gradients are

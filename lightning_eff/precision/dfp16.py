@@ -19,7 +19,7 @@ from lightning_eff.runtime.finite import OnNonFinite
 
 
 class DFP16Mixin(QuantizedPrecisionMixin):
-    """DFP-16: inputs, weights and output gradients as int16 with one exponent for a tensor, measured from it.
+    """Trains in DFP-16: inputs, weights and output gradients as int16 with one exponent for a tensor, measured from it.
 
     All three products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D multiply int16 and add in
     int32, in chains so short that they cannot overflow; the chains are added in float32. Inputs are kept for backward

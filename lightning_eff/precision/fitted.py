@@ -22,7 +22,7 @@ from lightning_eff.runtime.finite import OnNonFinite
 
 
 class FittedMixin(QuantizedPrecisionMixin):
-    """8- or 6-bit training whose gradient format is chosen for every layer from the spread of its own gradients.
+    """Trains in 8 or 6 bits, each layer's gradients in a format chosen from the spread of its own gradients.
 
     The magnitudes of a layer's output gradient are close to lognormal; their deviation decides how many of the bits are
     best spent on the exponent. Inputs and weights are E4M3 (8 bits) or E2M3 (6 bits) with one dynamic scale per tensor.

@@ -30,7 +30,7 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_d
 
 
 class FlexpointMixin(QuantizedPrecisionMixin):
-    """flex16+5: int16 tensors with one exponent each, known before a tensor is written because Autoflex predicts it.
+    """Trains in flex16+5: int16 tensors with an exponent that Autoflex predicts before they are written.
 
     Inputs, weights and output gradients of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D are int16;
     products add in int32, in chains so short that they cannot overflow, or are exact. Their results (outputs, input and

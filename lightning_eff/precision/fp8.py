@@ -19,7 +19,7 @@ from lightning_eff.runtime.finite import OnNonFinite
 
 
 class FP8Mixin(QuantizedPrecisionMixin):
-    """8-bit training: E4M3 inputs and weights, E5M2 gradients (rowwise: E4M3), with scales.
+    """Trains in 8 bits: E4M3 inputs and weights, E5M2 gradients (rowwise: E4M3), with scales.
 
     The products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D multiply FP8 values and accumulate
     in float32: on the FP8 units of GPUs that have them, as bfloat16 (which holds FP8 values exactly) elsewhere. There,

@@ -21,7 +21,7 @@ from lightning_eff.runtime.finite import OnNonFinite
 
 
 class LUQMixin(QuantizedPrecisionMixin):
-    """4-bit training: INT4 weights and activations (SAWB), logarithmic unbiased FP4 gradients (LUQ).
+    """Trains in 4 bits: INT4 weights and activations (SAWB), logarithmic unbiased FP4 gradients (LUQ).
 
     All three products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D run on 4-bit operands: as
     exact int8 products where the machine has them, with the same numbers in float32 elsewhere. Inputs are kept for

@@ -102,7 +102,7 @@ def _attend(
 
 
 def _takes(module: Any, state: LayerState, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether all four projections are quantised now; torch computes or refuses the rest."""
+    """Return whether all four projections are quantised now; torch computes or refuses the rest."""
     packed, bias = module.in_proj_weight, module.in_proj_bias
     separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     parts = list(zip((query, key, value), separate if packed is None else (packed,) * 3, strict=True))
@@ -116,7 +116,7 @@ def _takes(module: Any, state: LayerState, query: Tensor, key: Tensor, value: Te
 def _project(
     module: Any, state: LayerState, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, L, E) inputs -> three tensors (N, heads, L, head_dim); one product where the inputs are one tensor."""
+    """Project (N, L, E) inputs to three (N, heads, L, head_dim); one product where the inputs are one tensor."""
     weight, bias = module.in_proj_weight, module.in_proj_bias
     biases = (None, None, None) if bias is None else bias.chunk(3)
     if weight is not None and query is key and key is value:
@@ -131,7 +131,7 @@ def _project(
 
 
 def _mask(q: Tensor, k: Tensor, padding: Tensor | None, attention: Tensor | None) -> Tensor | None:
-    """The sum of both masks as numbers to add to the scores, broadcastable to (N, heads, L, S)."""
+    """Return the sum of both masks as numbers to add to the scores, broadcastable to (N, heads, L, S)."""
     padding = F._canonical_mask(padding, "key_padding_mask", F._none_or_dtype(attention), "attn_mask", q.dtype)
     mask = F._canonical_mask(attention, "attn_mask", None, "", q.dtype, check_other=False)
     images, heads, length, source = *q.shape[:3], k.shape[2]
@@ -152,7 +152,7 @@ def _mask(q: Tensor, k: Tensor, padding: Tensor | None, attention: Tensor | None
 def _scores(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The context (N, heads, L, head_dim), and the weights (N, heads, L, S) if they are needed."""
+    """Return the context (N, heads, L, head_dim), and the weights (N, heads, L, S) if they are needed."""
     dropout = module.dropout if module.training else 0.0
     if not need_weights:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal), None
@@ -163,20 +163,20 @@ def _scores(
 
 
 def _is_fused(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether torch would take its fused inference path, whose result is contiguous."""
+    """Return whether torch would take its fused inference path, whose result is contiguous."""
     plain = not (module.training or torch.is_grad_enabled() or torch.is_autocast_enabled(query.device.type))
     fits = query is key and key is value and module.in_proj_bias is not None and module.num_heads % 2 == 0
     return plain and fits and module._qkv_same_embed_dim and torch.backends.mha.get_fastpath_enabled()
 
 
 def _is_fused_nested(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> bool:
-    """Whether torch's fused inference path takes this call with a nested tensor: then so do we."""
+    """Return whether torch's fused inference path takes this call with a nested tensor: then so do we."""
     same = query is key and key is value and query.is_nested and query.layout is torch.strided
     return same and all(mask is None for mask in masks) and not torch.is_grad_enabled()
 
 
 def _attend_nested(module: Any, query: Tensor, *flags: Any) -> tuple[Tensor, Tensor | None]:
-    """Self-attention over the parts of a nested tensor, by padding it."""
+    """Attend over the parts of a nested tensor, by padding it."""
     padded, lengths = query.to_padded_tensor(0.0), query._nested_tensor_size()[:, 0]
     padding = (
         torch.arange(padded.shape[1], dtype=torch.int64, device=padded.device) >= lengths.to(padded.device)[:, None]

@@ -41,7 +41,7 @@ class Change:
 
 
 class Conversion:
-    """The converted layers of one model in one run: the table, their states, the way back.
+    """Holds the converted layers of one model in one run: the table, their states, the way back.
 
     Args:
         model: any module; a layer used in several places is converted once.

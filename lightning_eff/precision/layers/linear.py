@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from lightning_eff.kernels.geometry import Geometry, Triple, shared_geometry
-from lightning_eff.precision.layers.autograd import quantized_conv, quantized_linear
+from lightning_eff.kernels.geometry import Geometry, shared_geometry
+from lightning_eff.precision.layers.autograd import quantized_conv, quantized_linear, triple
 from lightning_eff.precision.layers.state import LayerState
 from lightning_eff.precision.layers.twins import Twin, active_state, run_plain, takes
 
 
 class _StraightThrough(torch.autograd.Function):
-    """INT4 values of a weight forward, the gradient unchanged backward."""
+    """Gives the INT4 values of a weight forward, the gradient unchanged backward."""
 
     @staticmethod
     def forward(ctx: object, weight: Tensor, state: LayerState) -> Tensor:
@@ -30,13 +30,13 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def int4_weight(weight: Tensor, state: LayerState) -> Tensor:
-    """``weight`` on its INT4 levels, differentiable straight through: the fine-tuning phase of LUQ."""
+    """Return ``weight`` on its INT4 levels, differentiable straight through: the fine-tuning phase of LUQ."""
     result: Tensor = _StraightThrough.apply(weight, state)
     return result
 
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
-    """A linear map in the phase ``state`` is in."""
+    """Apply a linear map in the phase ``state`` is in."""
     if state.weights_only:
         return F.linear(x, int4_weight(weight, state), bias)
     return quantized_linear(x, weight, bias, state)
@@ -60,7 +60,7 @@ class LinearTwin(Twin):
         bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
+        """Map (..., I) to (..., O)."""
         if torch.jit.is_scripting():
             return F.linear(input, self.weight, self.bias)
         return _linear(self, input, self.weight, self.bias)
@@ -74,7 +74,7 @@ class HFConv1DTwin(Twin):
         bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
+        """Map (..., I) to (..., O)."""
         if torch.jit.is_scripting():
             return F.linear(x, self.weight.t(), self.bias)
         return _linear(self, x, self.weight.t(), self.bias)
@@ -97,7 +97,7 @@ def _linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def _symmetric_padding(module: _ConvNd) -> tuple[int, ...] | None:
-    """Zero padding per axis, or None where torch pads the two sides differently or not with zeros."""
+    """Return the zero padding per axis, or None where torch pads the two sides differently or not with zeros."""
     if module.padding_mode != "zeros":
         return None
     if not isinstance(module.padding, str):
@@ -108,18 +108,13 @@ def _symmetric_padding(module: _ConvNd) -> tuple[int, ...] | None:
     return tuple(t // 2 for t in total) if all(t % 2 == 0 for t in total) else None
 
 
-def _triple(values: tuple[int, ...], missing: int) -> Triple:
-    z, y, x = (missing,) * (3 - len(values)) + values
-    return z, y, x
-
-
 class ConvTwin(Twin, _ConvNd):
     """:class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d`` with quantised products."""
 
     CALLED = (*Twin.CALLED, "_conv_forward")
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, *space) or (C, *space) -> (N, O, *space') or (O, *space')."""
+        """Map (N, C, *space) or (C, *space) to (N, O, *space') or (O, *space')."""
         if torch.jit.is_scripting():
             return self._conv_forward(input, self.weight, self.bias)
         return _convolve(self, input)
@@ -144,12 +139,12 @@ def _convolve(module: _ConvNd, x: Tensor) -> Tensor:
 
 def _geometry(module: _ConvNd, padding: tuple[int, ...]) -> Geometry:
     make = Geometry if torch.compiler.is_compiling() else shared_geometry
-    kernel, stride, dilation = (_triple(v, 1) for v in (module.kernel_size, module.stride, module.dilation))
-    return make(kernel, stride, _triple(padding, 0), dilation, module.groups)
+    kernel, stride, dilation = (triple(v, 1) for v in (module.kernel_size, module.stride, module.dilation))
+    return make(kernel, stride, triple(padding, 0), dilation, module.groups)
 
 
 def _fits(module: _ConvNd, x: Tensor) -> bool:
-    """Whether torch takes an input of this shape; what it does not take, it refuses in its own words."""
+    """Return whether torch takes an input of this shape; what it does not take, it refuses in its own words."""
     dims = len(module.kernel_size)
     if x.dim() not in (dims + 1, dims + 2) or x.shape[-1 - dims] != module.in_channels:
         return False
@@ -158,7 +153,7 @@ def _fits(module: _ConvNd, x: Tensor) -> bool:
 
 
 def _total_padding(module: _ConvNd) -> list[int]:
-    """Elements added along each axis, both sides together."""
+    """Return the elements added along each axis, both sides together."""
     symmetric = _symmetric_padding(module)
     if symmetric is not None:
         return [2 * p for p in symmetric]
