@@ -112,7 +112,7 @@ class FlexpointMixin(QuantizedPrecisionMixin):
             return
         if self.options.weight_rounding == "stochastic" and self.seeds.seed is None:
             self.seeds.seed = seed_of_rank_0()
-        names = {id(p): name for name, p in self._parameters()}
+        names = {id(p): name for name, p in self._models.parameters()}
         with torch.no_grad():
             for name, tensor in _tensors(optimizer, names):
                 self._write(name, tensor)
@@ -136,13 +136,13 @@ class FlexpointMixin(QuantizedPrecisionMixin):
 
     def _tell_layers(self) -> None:
         """Tell the layers on which grid a written weight lies, to read it with."""
-        written = {p.data_ptr(): self._scales[name] for name, p in self._parameters() if name in self._scales}
+        written = {p.data_ptr(): self._scales[name] for name, p in self._models.parameters() if name in self._scales}
         for state in self.states().values():
             state.written = written
 
     def _forget_other_weights(self) -> None:
         """Forget the grids of weights that were never written: a second fit may bring its own."""
-        for name, p in self._parameters():
+        for name, p in self._models.parameters():
             scale = self._scales.get(name)
             if scale is not None and not torch.equal(round_to_scale(p.detach(), scale), p):
                 del self._scales[name]

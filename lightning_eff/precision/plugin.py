@@ -9,7 +9,7 @@ import contextlib
 import math
 import statistics
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,11 +21,12 @@ from lightning_eff.integration.attached import trainer_of
 from lightning_eff.integration.graft import check_strategy
 from lightning_eff.precision.formats.base import LayerOptions
 from lightning_eff.precision.formats.history import History, advance, learned, warn_of_other_layers
-from lightning_eff.precision.gradients import Named, broken_gradients, zero_engine
+from lightning_eff.precision.gradients import broken_gradients, zero_engine
 from lightning_eff.precision.layers.convert import Conversion, convert
 from lightning_eff.precision.layers.report import change_line, conversion_table, readable_bytes
 from lightning_eff.precision.layers.state import LayerState
 from lightning_eff.precision.method import keys_of_variants
+from lightning_eff.precision.models import ConvertedModels
 from lightning_eff.precision.run import StepsMixin
 from lightning_eff.runtime.figures import console, log_figures, of_method
 from lightning_eff.runtime.finite import FIND_OPERATION, stop_if_broken
@@ -35,7 +36,7 @@ from lightning_eff.runtime.seeds import SeedStream
 
 
 class Aside(NamedTuple):
-    """What belongs to a fit, and an evaluation in between must not change."""
+    """Holds what belongs to a fit, and an evaluation in between must not change."""
 
     seed: int | None
     calls: int
@@ -58,15 +59,15 @@ class QuantizedPrecisionMixin(StepsMixin):
         self.seeds = SeedStream()
         self.metrics: dict[str, float] = {}
         self.weights_only = False
-        self._conversions: dict[int, tuple[nn.Module, Conversion]] = {}
+        self._models = ConvertedModels()
         self._loaded: dict[str, dict[str, Any]] = {}
         self._steps = 0
         self._context = ""
         self._run = Run()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the options and what is remembered; the model, and the run, are the original's."""
-        return {**self.__dict__, "_conversions": {}, "_loaded": self._remembered(), "_aside": None}
+        """Return the options and what is remembered; the models, and the run, are the original's."""
+        return {**self.__dict__, "_models": ConvertedModels(), "_loaded": self._remembered(), "_aside": None}
 
     def _forget_run(self) -> None:
         """Begin without what another run has left behind: its rounding stream, phase, estimates and figures."""
@@ -106,24 +107,23 @@ class QuantizedPrecisionMixin(StepsMixin):
         trainer = trainer_of(module)
         if trainer is not None:
             check_strategy(self.info, trainer.strategy)
-        if id(module) not in self._conversions:
+        if module not in self._models:
             device = None if trainer is None else getattr(trainer.strategy, "root_device", None)
             device = device or next((p.device for p in module.parameters()), torch.device("cpu"))
             conversion = convert(module, self.options, self.seeds, device)
-            self._conversions[id(module)] = (module, conversion)
+            self._models.add(module, conversion)
             self._apply_state()
             self._report(conversion, device)
         return module
 
     def _refresh(self) -> None:
         """Convert what has come into a model since the last step, give back what has gone, and say so."""
-        for _, conversion in self._conversions.values():
-            change = conversion.update()
-            if change.came or change.went:
-                self._apply_state()
-                if rank() == 0:
-                    line = change_line(change, method=self.info.name, step=self._current_step())
-                    console().print(line, highlight=False, soft_wrap=True)
+        changes = self._models.update()
+        if changes:
+            self._apply_state()
+        for change in changes if rank() == 0 else ():
+            line = change_line(change, method=self.info.name, step=self._current_step())
+            console().print(line, highlight=False, soft_wrap=True)
 
     def _report(self, conversion: Conversion, device: torch.device) -> None:
         if not conversion.states:
@@ -138,21 +138,11 @@ class QuantizedPrecisionMixin(StepsMixin):
 
     def states(self) -> dict[str, LayerState]:
         """Return layer name -> state, of every converted layer."""
-        return {
-            prefix + name: state
-            for prefix, _, conversion in self._converted()
-            for name, state in conversion.states.items()
-        }
-
-    def _converted(self) -> Iterator[tuple[str, nn.Module, Conversion]]:
-        """Yield every converted model, and what its names begin with; Fabric may have several with equal names."""
-        for number, (module, conversion) in enumerate(self._conversions.values()):
-            yield f"{number}:" if number else "", module, conversion
+        return self._models.states()
 
     def saved_bytes(self) -> tuple[int, int]:
         """Return the bytes converted layers kept for backward in their last forward, and float32 would have kept."""
-        pairs = [conversion.saved_bytes() for _, conversion in self._conversions.values()]
-        return sum(kept for kept, _ in pairs), sum(full for _, full in pairs)
+        return self._models.saved_bytes()
 
     def teardown(self) -> None:
         """Give every layer its class back and say what the method did."""
@@ -160,9 +150,7 @@ class QuantizedPrecisionMixin(StepsMixin):
             for part in self._verdict():
                 console().print(part, highlight=False)
         self._loaded = self._remembered()  # for a checkpoint that is saved now
-        for _, conversion in self._conversions.values():
-            conversion.undo()
-        self._conversions = {}
+        self._models.undo()
         self._steps = 0
         self._end_run()
         super().teardown()
@@ -170,9 +158,8 @@ class QuantizedPrecisionMixin(StepsMixin):
     def _verdict(self) -> list[str | Table]:
         """Return what a run prints at its end."""
         kept, full = self.saved_bytes()
-        layers = sum(conversion.layers for _, conversion in self._conversions.values())
         line = (
-            f"{self.info.name}: {layers} layers trained for {self._steps} steps; for backward they kept "
+            f"{self.info.name}: {self._models.layers} layers trained for {self._steps} steps; for backward they kept "
             f"{readable_bytes(kept)} instead of {readable_bytes(full)} in float32 ({kept / full:.3f}x)."
         )
         return [line]
@@ -219,12 +206,12 @@ class QuantizedPrecisionMixin(StepsMixin):
     def _look_at_gradients(self) -> None:
         """Check the gradients, publish sampled figures."""
         self._check_finite(step=self._current_step())
-        if (trainer := self._trainer()) is not None:
+        if (trainer := self._models.trainer) is not None:
             self._publish(trainer)
 
     def _check_finite(self, step: int, engine: Any | None = None) -> None:
         """Stop a non-finite gradient before it reaches a parameter, on every rank alike."""
-        parameters = self._parameters()
+        parameters = self._models.parameters()
         if broken := broken_gradients(parameters, engine):
             stop_if_broken(
                 self.info.name,
@@ -240,7 +227,7 @@ class QuantizedPrecisionMixin(StepsMixin):
         self._steps += 1
         self._invalidate()
         self._after_step(optimizer)
-        advance(self.histories(), self._device(), replicas=self._replicas())
+        advance(self.histories(), self._models.device, replicas=self._replicas())
         self._sample(self._current_step())
 
     def _after_step(self, optimizer: Any) -> None:
@@ -265,10 +252,6 @@ class QuantizedPrecisionMixin(StepsMixin):
             for history in self.histories():
                 history.forget()
 
-    def _device(self) -> torch.device:
-        parameters = (p for module, _ in self._conversions.values() for p in module.parameters())
-        return next((p.device for p in parameters), torch.device("cpu"))
-
     def _sample(self, step: int) -> None:
         """Take the figures in step ``step`` if it is one of every n."""
         every = self.options.measure_every_n_steps
@@ -282,16 +265,8 @@ class QuantizedPrecisionMixin(StepsMixin):
 
     def _replicas(self) -> int | None:
         """Return how often the model is there, if a Trainer knows; a pipeline's ranks hold one between them."""
-        trainer = self._trainer()
+        trainer = self._models.trainer
         return None if trainer is None else int(trainer.world_size)
-
-    def _trainer(self) -> Any | None:
-        trainers = (trainer_of(owner) for owner, _ in self._conversions.values())
-        return next((trainer for trainer in trainers if trainer is not None), None)
-
-    def _parameters(self) -> Named:
-        """Return names and parameters of the models as they are now."""
-        return [(prefix + name, p) for prefix, module, _ in self._converted() for name, p in module.named_parameters()]
 
     def _publish(self, trainer: Any) -> None:
         """Log the figures of a sampled step, the mean over the layers where they are finite (SQNR may not be)."""

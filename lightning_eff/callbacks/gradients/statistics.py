@@ -30,7 +30,7 @@ from lightning_eff.runtime.figures import console
 
 @dataclass
 class _Layer:
-    """Sums over the fits of one layer; the plain content of the checkpoint."""
+    """Holds sums over the fits of one layer; the plain content of the checkpoint."""
 
     fits: int = 0
     sigma_log2: float = 0.0

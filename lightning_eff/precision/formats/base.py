@@ -24,28 +24,28 @@ Products = Literal["auto", "native", "emulated"]
 
 
 class SavedInput(NamedTuple):
-    """A layer's input as kept for backward: its codes as bytes, and their scales (with what else the format needs)."""
+    """Holds a layer's input as kept for backward: codes as bytes, and their scales (with what else the format needs)."""
 
     packed: Tensor
     scale: Tensor
 
 
 class WeightCodes(NamedTuple):
-    """Codes of a weight (O, I): for the product over I (output) and the one over O (input gradient), often one."""
+    """Holds the codes of a weight (O, I): for the product over I (output) and the one over O (input gradient), often one."""
 
     forward: Codes
     backward: Codes
 
 
 class GradCodes(NamedTuple):
-    """Codes of an output gradient: for the input gradient, and samples whose mean the weight gradient takes."""
+    """Holds the codes of an output gradient: for the input gradient, and samples whose mean the weight gradient takes."""
 
     to_input: Codes
     to_weight: list[Codes]
 
 
 class LayerView(Protocol):
-    """What a format sees of the layer whose tensors it encodes."""
+    """Shows a format what it may know of the layer whose tensors it encodes."""
 
     @property
     def histories(self) -> Mapping[str, History]:

@@ -22,7 +22,7 @@ from lightning_eff.runtime.ranks import world_size
 
 
 class Estimate(Protocol):
-    """A prediction from the past; plain numbers."""
+    """Predicts from the past; plain numbers."""
 
     @property
     def update(self) -> Callable[..., object]:

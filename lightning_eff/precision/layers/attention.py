@@ -26,7 +26,7 @@ from lightning_eff.precision.layers.twins import STATE, Twin, active_state, run_
 
 
 class AttentionTwin(Twin, nn.MultiheadAttention):
-    """:class:`torch.nn.MultiheadAttention` with quantised projections. ``out_proj`` has a state of its own."""
+    """Runs :class:`torch.nn.MultiheadAttention` with quantised projections; ``out_proj`` has a state of its own."""
 
     CALLED = (*Twin.CALLED, "merge_masks")
 

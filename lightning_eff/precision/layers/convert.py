@@ -34,7 +34,7 @@ from lightning_eff.runtime.seeds import SeedStream
 
 @dataclass(frozen=True)
 class Change:
-    """What :meth:`Conversion.update` found: the rows of layers that came, and of layers that went."""
+    """Holds what :meth:`Conversion.update` found: the rows of layers that came, and of layers that went."""
 
     came: list[Layer] = field(default_factory=list)
     went: list[Layer] = field(default_factory=list)
@@ -114,7 +114,7 @@ class Conversion:
             )  # the latter so that copies of it leave the state behind
 
     def _named_states(self, found: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, LayerState]]:
-        """The states of the layers as the tree is now, under the names they have now."""
+        """Yield the states of the layers as the tree is now, under the names they have now."""
         for name, module in found:
             for suffix, part in _parts(module).items():
                 state: LayerState | None = part.__dict__.get(STATE)
@@ -158,7 +158,7 @@ class Conversion:
         self._seen, self._rows_of = [], {}
 
     def saved_bytes(self) -> tuple[int, int]:
-        """Bytes the converted layers kept for backward in their last forward, and what float32 would have kept."""
+        """Return the bytes converted layers kept for backward in their last forward, and float32 would have kept."""
         states = self.states.values()
         return sum(s.saved_bytes for s in states), sum(s.saved_bytes_fp32 for s in states)
 

@@ -53,7 +53,7 @@ def over_nested(run: Callable[[Tensor], Tensor], x: Any) -> Tensor:
 
 
 class LinearTwin(Twin):
-    """:class:`torch.nn.Linear` with quantised products."""
+    """Runs :class:`torch.nn.Linear` with quantised products."""
 
     if TYPE_CHECKING:
         weight: Tensor
@@ -67,7 +67,7 @@ class LinearTwin(Twin):
 
 
 class HFConv1DTwin(Twin):
-    """Hugging Face's ``Conv1D``, a linear map whose weight is stored (I, O), with quantised products."""
+    """Runs Hugging Face's ``Conv1D``, a linear map whose weight is stored (I, O), with quantised products."""
 
     if TYPE_CHECKING:
         weight: Tensor
@@ -109,7 +109,7 @@ def _symmetric_padding(module: _ConvNd) -> tuple[int, ...] | None:
 
 
 class ConvTwin(Twin, _ConvNd):
-    """:class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d`` with quantised products."""
+    """Runs :class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d`` with quantised products."""
 
     CALLED = (*Twin.CALLED, "_conv_forward")
 

@@ -44,7 +44,7 @@ class _PackedReLU(torch.autograd.Function):
 
 
 class ReLUTwin(Twin):
-    """:class:`torch.nn.ReLU`, bit for bit and in place if it is, with 1/32 of the memory kept for backward."""
+    """Runs :class:`torch.nn.ReLU`, bit for bit and in place if it is, with 1/32 of the memory kept for backward."""
 
     inplace: bool
 

@@ -20,7 +20,7 @@ from lightning_eff.precision.layers.twins import FLOATS
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the conversion table; ``reason`` is empty for a converted layer, which may have a ``note``."""
+    """Holds a row of the conversion table; ``reason`` is empty for a converted layer, which may have a ``note``."""
 
     name: str
     kind: str

@@ -46,13 +46,13 @@ def shape_of(parameter: Tensor) -> torch.Size:
 
 
 class DeviceMesh(Protocol):
-    """The processes a tensor is spread over."""
+    """Names the processes a tensor is spread over."""
 
     device_type: str
 
 
 class Sharded(Protocol):
-    """What is read of a DTensor."""
+    """Shows what is read of a DTensor."""
 
     device_mesh: DeviceMesh
 

@@ -23,7 +23,7 @@ Arrange = Callable[[Tensor], Tensor]
 
 
 class Kept(NamedTuple):
-    """An input as it was kept: its codes, their shape, and the history its scale was predicted from, if it was."""
+    """Holds an input as it was kept: codes, their shape, and the history its scale was predicted from, if it was."""
 
     saved: SavedInput
     shape: torch.Size

@@ -31,7 +31,7 @@ _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # from torch 2.7 
 
 
 class Twin(nn.Module):
-    """Base of the mixins; it adds nothing to a module but the attribute :data:`STATE`."""
+    """Serves the mixins as a base; it adds nothing to a module but the attribute :data:`STATE`."""
 
     CALLED: ClassVar[tuple[str, ...]] = ("forward", "__call__")
     """Methods that a subclass of the plain layer must not have changed: the twin does something else instead."""
