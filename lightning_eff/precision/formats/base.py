@@ -24,21 +24,21 @@ Products = Literal["auto", "native", "emulated"]
 
 
 class SavedInput(NamedTuple):
-    """Holds a layer's input as kept for backward: codes as bytes, and their scales (with what else the format needs)."""
+    """Holds a layer's input as kept for backward: codes as bytes, and their scales with what else there is."""
 
     packed: Tensor
     scale: Tensor
 
 
 class WeightCodes(NamedTuple):
-    """Holds the codes of a weight (O, I): for the product over I (output) and the one over O (input gradient), often one."""
+    """Holds the codes of a weight (O, I): for the product over I (output) and over O (input gradient)."""
 
     forward: Codes
     backward: Codes
 
 
 class GradCodes(NamedTuple):
-    """Holds the codes of an output gradient: for the input gradient, and samples whose mean the weight gradient takes."""
+    """Holds the codes of a gradient: for the input gradient, and samples whose mean the weight gradient takes."""
 
     to_input: Codes
     to_weight: list[Codes]
