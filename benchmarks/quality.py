@@ -25,9 +25,9 @@ from benchmarks._measure import threads
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._setup import expand
 from benchmarks._stats import spread
-from examples.common.compare import Task, quiet, train
-from examples.common.data import DigitsData, StdlibText
-from examples.common.modules import CharGPT, DigitsCNN
+from benchmarks.tasks.compare import Task, quiet, train
+from benchmarks.tasks.data import DigitsData, StdlibText
+from benchmarks.tasks.modules import CharGPT, DigitsCNN
 from lightning_eff import precision
 from lightning_eff.methods import METHODS
 from lightning_eff.precision.formats import fp8

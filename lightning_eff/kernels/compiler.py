@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCES = sorted((Path(__file__).parent / "src").glob("*.cpp"))
+_SRC = Path(__file__).parent / "src"
+SOURCES, HEADERS = sorted(_SRC.glob("*.cpp")), sorted(_SRC.glob("*.h"))
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),

@@ -49,7 +49,7 @@ def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
     positions, count = images * out_size[0] * out_size[1] * out_size[2], taps.shape[1]
     kernels = kernels_for(src, taps) if src.dtype in (torch.int8, torch.int16) else None
     if kernels is None:
-        return _gather_indexed(src, taps, step, out_size)
+        return gather_indexed(src, taps, step, out_size)
     if src.dtype == torch.int16:  # two bytes are two channels to the kernel
         return gather(src.view(torch.int8), taps, step, out_size).view(torch.int16)
     out = scratch("gather", positions * count * channels, torch.int8).view(positions, count * channels)
@@ -69,7 +69,7 @@ def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
     return out
 
 
-def _gather_indexed(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
+def gather_indexed(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
     """:func:`gather` by advanced indexing, for any device and dtype."""
     inside = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=src.device)
     places = []
@@ -84,7 +84,7 @@ def _gather_indexed(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -
     return out.reshape(-1, taps.shape[1] * src.shape[-1])
 
 
-def _groups(images: int, bytes_per_image: int, at_least: int = 0) -> Iterator[slice]:
+def image_groups(images: int, bytes_per_image: int, at_least: int = 0) -> Iterator[slice]:
     """Groups of images that gather about :data:`GATHER_BYTES`, or ``at_least`` bytes where a group has a fixed cost."""
     size = max(1, max(GATHER_BYTES, at_least) // max(bytes_per_image, 1))
     return (slice(start, min(start + size, images)) for start in range(0, images, size))
@@ -123,7 +123,7 @@ def _write_all(
     """Rescale the sums (N, D, H, W, C) of a whole convolution into a new tensor."""
     images, *size, channels = acc.shape
     out = _new(images, size, channels, dtype, acc.device, keep_last=keep_last)
-    for group in _groups(images, acc[:1].numel() * 4):
+    for group in image_groups(images, acc[:1].numel() * 4):
         _write(acc[group].flatten(0, 3), a, b, out[group], bias=bias, keep_last=keep_last)
     return out
 
@@ -163,7 +163,7 @@ def conv_forward(
     positions, matrix = out_size[0] * out_size[1] * out_size[2], weight.codes.view(channels, -1).t()
     out = _new(images, out_size, channels, dtype, x.codes.device, keep_last=keep_last)
     taps = geometry.taps
-    for group in _groups(images, positions * matrix.shape[0] * x.codes.itemsize):
+    for group in image_groups(images, positions * matrix.shape[0] * x.codes.itemsize):
         acc = code_product(_columns(x.codes[group], geometry, taps, out_size), matrix, native=native)
         _write(acc, x.scale, weight.scale, out[group], bias=bias, keep_last=keep_last)
     return out
@@ -205,7 +205,7 @@ def conv_input_grad(
             continue
         matrix = weight.codes[:, kept].permute(1, 0, 2).reshape(-1, inputs)
         z, y, x = target.shape[1:4]
-        for group in _groups(images, z * y * x * matrix.shape[0] * grad.codes.itemsize):
+        for group in image_groups(images, z * y * x * matrix.shape[0] * grad.codes.itemsize):
             codes = grad.codes[group]
             columns = codes.reshape(-1, channels) if geometry.pointwise else gather(codes, taps, (1, 1, 1), (z, y, x))
             acc = code_product(columns, matrix, native=native)
@@ -242,7 +242,7 @@ def conv_weight_grad(
                 grad.codes[group].reshape(-1, channels).t(),
                 _columns(x.codes[group], geometry, taps, (out_size[0], out_size[1], out_size[2])),
             )
-            for group in _groups(images, positions * width * x.codes.itemsize, at_least=8 * channels * width)
+            for group in image_groups(images, positions * width * x.codes.itemsize, at_least=8 * channels * width)
         ),
         native=native,
     )

@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.numerics import float_format as plain
-from lightning_eff.functional.numerics.float_format import FloatFormat, Infinity, Rounding, check_choices, unencodable
-from lightning_eff.functional.random import draw_seed
-from lightning_eff.kernels.operands import FLOATS, MASK64, TYPES, empty, kernels_for, pointer, prepared, threads
+from lightning_eff.functional.numerics.float_format import (
+    FloatFormat,
+    FloatRounding,
+    Infinity,
+    check_choices,
+    unencodable,
+)
+from lightning_eff.functional.random import MASK64, draw_seed
+from lightning_eff.kernels.operands import FLOATS, TYPES, empty, kernels_for, pointer, prepared, threads
 
 _CODES = 2
 
@@ -38,7 +44,7 @@ def _convert(
     kernels: ctypes.CDLL,
     x: Tensor,
     fmt: FloatFormat,
-    rounding: Rounding,
+    rounding: FloatRounding,
     seed: int | None,
     infinity: Infinity,
     out: Tensor,
@@ -71,7 +77,7 @@ def quantize(
     x: Tensor,
     fmt: FloatFormat,
     *,
-    rounding: Rounding = "nearest",
+    rounding: FloatRounding = "nearest",
     seed: int | None = None,
     infinity: Infinity = "propagate",
     dtype: torch.dtype | None = None,
@@ -91,7 +97,7 @@ def encode(
     x: Tensor,
     fmt: FloatFormat,
     *,
-    rounding: Rounding = "nearest",
+    rounding: FloatRounding = "nearest",
     seed: int | None = None,
     infinity: Infinity = "propagate",
 ) -> Tensor:

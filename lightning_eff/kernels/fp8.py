@@ -11,11 +11,21 @@ from torch import Tensor
 
 from lightning_eff import functional
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2, LARGEST, largest_along
-from lightning_eff.kernels.operands import CPU, FLOATS, TYPES, buffer, empty, kernels_for, pointer, prepared, threads
+from lightning_eff.functional.numerics.fp8 import LARGEST, largest_along
+from lightning_eff.kernels.operands import (
+    CPU,
+    FLOATS,
+    FP8_FORMATS,
+    TYPES,
+    buffer,
+    empty,
+    kernels_for,
+    pointer,
+    prepared,
+    threads,
+)
 from lightning_eff.kernels.quantize import largest_magnitude
 
-_FORMATS = {E4M3: 0, E5M2: 1}
 ALIGNMENT = 16
 """What CUDA wants the inner and the right outer size of an FP8 product to be a multiple of."""
 
@@ -64,7 +74,7 @@ def fp8_encode(
         TYPES[x.dtype],
         n,
         pointer("eff_fp8_encode(scale)", scale, 2, torch.float32),
-        _FORMATS[dtype],
+        FP8_FORMATS[dtype],
         pointer("eff_fp8_encode(codes)", bytes_, n, dtype),
         pointer("eff_fp8_encode(values)", values, n, torch.bfloat16),
         None if max_abs is None else pointer("eff_fp8_encode(observed)", observed, 1, torch.float32),
@@ -91,9 +101,9 @@ def fp8_decode(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
     codes, n = codes.contiguous(), codes.numel()
     values = buffer(out, codes.shape, n, torch.bfloat16)
     kernels.eff_fp8_decode(
-        pointer("eff_fp8_decode(codes)", codes, n, *_FORMATS),
+        pointer("eff_fp8_decode(codes)", codes, n, *FP8_FORMATS),
         n,
-        _FORMATS[codes.dtype],
+        FP8_FORMATS[codes.dtype],
         pointer("eff_fp8_decode(values)", values, n, torch.bfloat16),
         threads(),
     )

@@ -25,9 +25,9 @@ from lightning_eff.kernels.build import library
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Element types that kernels read and write, by the number that tells them which."""
 FLOATS = tuple(TYPES)
+FP8_FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
+"""Formats of FP8 codes, by the number that tells kernels which."""
 CPU = torch.device("cpu")
-MASK64 = (1 << 64) - 1
-"""Seeds are 64 bits."""
 
 
 def kernels_for(*tensors: Tensor | None) -> ctypes.CDLL | None:

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from lightning_eff import functional
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.luq import Rounding
+from lightning_eff.functional.numerics.luq import GradientRounding
 from lightning_eff.functional.numerics.sawb import COEFFICIENTS, Unsigned
-from lightning_eff.functional.random import draw_seed
+from lightning_eff.functional.random import MASK64, draw_seed
 from lightning_eff.kernels.operands import (
     CPU,
     FLOATS,
-    MASK64,
     TYPES,
     buffer,
     empty,
@@ -139,7 +138,7 @@ def luq_codes(
     levels: int = 7,
     max_abs: Tensor | float | None = None,
     power_of_two: bool = False,
-    rounding: Rounding = "luq",
+    rounding: GradientRounding = "luq",
     seed: int | None = None,
     out: Tensor | None = None,
     observed: Tensor | None = None,

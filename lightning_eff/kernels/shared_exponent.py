@@ -12,12 +12,11 @@ from torch import Tensor
 
 from lightning_eff.functional.codes import Codes
 from lightning_eff.functional.numerics import dfp16, flexpoint
-from lightning_eff.functional.numerics.flexpoint import Rounding
-from lightning_eff.functional.random import draw_seed
+from lightning_eff.functional.numerics.flexpoint import IntegerRounding
+from lightning_eff.functional.random import MASK64, draw_seed
 from lightning_eff.kernels.operands import (
     CPU,
     FLOATS,
-    MASK64,
     TYPES,
     buffer,
     empty,
@@ -36,7 +35,7 @@ def integer_encode(
     *,
     bits: int = 16,
     symmetric: bool = False,
-    rounding: Rounding = "nearest",
+    rounding: IntegerRounding = "nearest",
     seed: int | None = None,
     out: Tensor | None = None,
     observed: Tensor | None = None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from lightning_eff.functional.numerics.luq import Rounding
+from lightning_eff.functional.numerics.luq import GradientRounding
 from lightning_eff.functional.numerics.sawb import Unsigned
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.precision.formats.base import LayerOptions, Products
@@ -63,7 +63,7 @@ class LUQMixin(QuantizedPrecisionMixin):
         unsigned: Unsigned = LUQOptions.unsigned,
         hindsight: float | None = LUQOptions.hindsight,
         power_of_two: bool = LUQOptions.power_of_two,
-        gradient_rounding: Rounding = LUQOptions.gradient_rounding,
+        gradient_rounding: GradientRounding = LUQOptions.gradient_rounding,
         exempt: Sequence[str] = LUQOptions.exempt,
         exempt_first_last: bool = LUQOptions.exempt_first_last,
         pack_relu: bool = LUQOptions.pack_relu,

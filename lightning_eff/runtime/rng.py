@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_eff.functional.random import GOLDEN, MASK64, mix64
+from lightning_eff.functional.random import GOLDEN64, MASK64, mix64
 
 USER = -1
 """The stream of the user's own code, before and after the stack."""
@@ -26,7 +26,7 @@ USER = -1
 
 def _mixed(z: int) -> int:
     """Return the number that splitmix64 gives after the state ``z``."""
-    return mix64(z + GOLDEN)
+    return mix64(z + GOLDEN64)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_eff.functional.random import GOLDEN, MASK64, mix64, rank_seed
+from lightning_eff.functional.random import GOLDEN64, MASK64, mix64, rank_seed
 
 __all__ = ["SeedStream"]
 
@@ -25,5 +25,5 @@ class SeedStream:
         if self.seed is None:
             self.seed = torch.initial_seed() & MASK64
         self.calls += 1
-        z = mix64(self.seed + self.calls * GOLDEN)
+        z = mix64(self.seed + self.calls * GOLDEN64)
         return z if same_on_ranks else rank_seed(z)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional import draw_seed, uniform_bits
-from lightning_eff.functional.random import ROW, mix32, rank_seed, uniform
+from lightning_eff.functional.random import GOLDEN64, MASK64, ROW, mix32, mix64, rank_seed, uniform
 from tests.bounds import FALSE_ALARM
 from tests.harness import run_ranks
 
@@ -127,3 +127,24 @@ def test_ranks_seeded_alike_draw_different_seeds() -> None:
     assert len({fixed_0, fixed_1, drawn_0, drawn_1}) == 4
     u, v = uniform(N, drawn_0), uniform(N, drawn_1)
     assert abs(correlation(u, v)) < correlation_bound(N, 1)
+
+
+def test_mix64_is_splitmix64() -> None:
+    """The first numbers of that generator with the seed 1234567."""
+    found = [mix64(1234567 + k * GOLDEN64) for k in range(1, 6)]
+    assert found == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
+def test_mix64_takes_any_integer_and_half_of_its_bits_follow_every_bit(seed: int) -> None:
+    assert mix64(-1) == mix64(MASK64) == mix64((1 << 70) - 1)
+    starts = [(seed + k * GOLDEN64) & MASK64 for k in range(2000)]
+    assert len({mix64(z) for z in starts}) == len(starts)
+    for bit in range(64):
+        moved = sum((mix64(z) ^ mix64(z ^ (1 << bit))).bit_count() for z in starts[:200])
+        assert 0.45 < moved / (200 * 64) < 0.55

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
 from lightning_eff.functional.numerics.bf16 import join_fp32
 from lightning_eff.optim import UPDATES, bf16_updates
+from lightning_eff.optim.bf16.shadows import steps_by_itself
 from lightning_eff.optim.bf16.wrapper import ShadowedOptimizer
 
 Make = Callable[[Any], Optimizer]
@@ -128,17 +129,18 @@ def test_updating_in_parts_changes_nothing(name: str, monkeypatch: pytest.Monkey
     """torch's optimizers are run over a few parameters at a time; a subclass of the user's over all at once."""
     shapes, ends = ((5, 7), (9, 3), (2, 2), (40, 3), (1, 1)), []
     for part in (1, 40, 1 << 20):
-        monkeypatch.setattr("lightning_eff.optim.bf16.wrapper._PART", part)
+        monkeypatch.setattr("lightning_eff.optim.bf16.shadows.PART", part)
         params = weights(shapes=shapes)
         optimizer = bf16_updates(OPTIMIZERS[name](params))
         train(optimizer, params, gradients(10, shapes))
         ends.append([wide(optimizer, p) for p in params])
     made = OPTIMIZERS[name](params := weights(shapes=shapes))
-    made.__class__ = type("Users", (type(made),), {"__module__": "users.code"})
+    users = type("Users", (type(made),), {"__module__": "users.code"})
+    made.__class__ = users
     optimizer = bf16_updates(made)
     train(optimizer, params, gradients(10, shapes))
     ends.append([wide(optimizer, p) for p in params])
-    assert optimizer._by_itself is False
+    assert not steps_by_itself(users)
     for end in ends[1:]:
         assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_eff.kernels import build
 from lightning_eff.optim import UPDATES, bf16_updates
-from lightning_eff.optim.bf16 import wrapper as module
+from lightning_eff.optim.bf16 import sgd as module
 
 SHAPES = ((70, 50), (9,), (1, 1), (3000, 11))
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import lightning_eff.pytorch_lightning as standalone
 from lightning_eff.errors import ConfigurationError, NonFiniteGradientError
 from lightning_eff.functional import fp8_quantize
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2
 from lightning_eff.precision import FP8Precision
 from lightning_eff.precision.formats.fp8 import FP8Options
 from lightning_eff.precision.layers.convert import convert
@@ -40,8 +40,8 @@ def test_linear_products_are_those_of_the_cast_operands(seed: int) -> None:
     convert(layer, CONFIG)
     y, grad = layer(x), torch.randn(20, 32)
     y.backward(grad)
-    xq, wq = fp8_quantize(x.detach(), E4M3), fp8_quantize(layer[0].weight.detach(), E4M3)
-    gq = fp8_quantize(grad, E5M2)
+    xq, wq = fp8_quantize(x.detach(), FP8_E4M3), fp8_quantize(layer[0].weight.detach(), FP8_E4M3)
+    gq = fp8_quantize(grad, FP8_E5M2)
     close(y.detach() - layer[0].bias.detach(), F.linear(xq, wq), 48)
     close(x.grad, gq @ wq, 32)
     close(layer[0].weight.grad, gq.T @ xq, 20)
@@ -55,10 +55,10 @@ def test_convolution_products_are_those_of_the_cast_operands(options: dict[str, 
     y = layer(x)
     grad = torch.randn(y.shape)
     y.backward(grad)
-    xq = fp8_quantize(x.detach(), E4M3).requires_grad_()
-    wq = fp8_quantize(layer[0].weight.detach(), E4M3).requires_grad_()
+    xq = fp8_quantize(x.detach(), FP8_E4M3).requires_grad_()
+    wq = fp8_quantize(layer[0].weight.detach(), FP8_E4M3).requires_grad_()
     expected = F.conv2d(xq, wq, None, **options)
-    expected.backward(fp8_quantize(grad, E5M2))
+    expected.backward(fp8_quantize(grad, FP8_E5M2))
     close(y.detach(), expected.detach(), 72)
     assert xq.grad is not None
     assert wq.grad is not None

@@ -26,7 +26,7 @@ from lightning_eff.callbacks.gradients.output_gradients import (
 from lightning_eff.checks import Real, Whole, YesNo, check
 from lightning_eff.errors import EffWarning, NoEffectWarning, UnsupportedCombinationError
 from lightning_eff.functional.numerics.lognormal import lognormal_fit, remaining_sparsity, threshold_for
-from lightning_eff.functional.random import GOLDEN, MASK64, mix64, rank_seed
+from lightning_eff.functional.random import GOLDEN64, MASK64, mix64, rank_seed
 from lightning_eff.kernels.pruning import stochastic_prune
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.runtime.ranks import has_group, rank, world_size
@@ -229,7 +229,7 @@ class GradientPruningMixin(OutputGradientsMixin):
 
     def _next_seed(self, name: str, layer: _Layer) -> int:
         """Return a seed from run, layer and call count (splitmix64), different on every rank."""
-        place = (self._keys[name] + 1) * GOLDEN + layer.calls * 0xD1B54A32D192ED03
+        place = (self._keys[name] + 1) * GOLDEN64 + layer.calls * 0xD1B54A32D192ED03
         return rank_seed(mix64((self._seed or 0) + place))
 
     # ------------------------------------------------------------------------------------------ state

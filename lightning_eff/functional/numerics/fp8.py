@@ -29,8 +29,8 @@ from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.codes import Codes
 from lightning_eff.methods.state import DELAYED, read_estimate
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-LARGEST: dict[torch.dtype, float] = {E4M3: 448.0, E5M2: 57344.0}
+FP8_E4M3, FP8_E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST: dict[torch.dtype, float] = {FP8_E4M3: 448.0, FP8_E5M2: 57344.0}
 """Largest finite value of each format."""
 HISTORY = Whole(1, 16_384, "sixteen times the default of Transformer Engine; all of it is kept and saved")
 MARGIN = Whole(-8, 8)
@@ -61,7 +61,7 @@ def fp8_scale(max_abs: Tensor, dtype: torch.dtype, *, power_of_two: bool = False
 
 def fp8_codes(
     x: Tensor,
-    dtype: torch.dtype = E4M3,
+    dtype: torch.dtype = FP8_E4M3,
     *,
     power_of_two: bool = False,
     dim: int | None = None,
@@ -105,7 +105,9 @@ def largest_along(x: Tensor, dim: int | None = None) -> Tensor:
     return x.abs().amax(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
 
 
-def fp8_quantize(x: Tensor, dtype: torch.dtype = E4M3, *, power_of_two: bool = False, dim: int | None = None) -> Tensor:
+def fp8_quantize(
+    x: Tensor, dtype: torch.dtype = FP8_E4M3, *, power_of_two: bool = False, dim: int | None = None
+) -> Tensor:
     """Quantise and dequantise: the values an FP8 product sees, in the dtype of ``x``.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-MASK64 = (1 << 64) - 1
+from lightning_eff.functional.random import GOLDEN64, mix64
 
 
 def stream_of(name: str) -> int:
@@ -18,12 +18,9 @@ def stream_of(name: str) -> int:
 
 
 def noise_seed(seed: int, step: int, stream: int) -> int:
-    """A 64-bit seed for each step and stream (splitmix64, twice)."""
+    """Return a 64-bit seed for each step and stream (splitmix64, twice)."""
     for number in (step + 1, stream + 1):
-        seed = (seed + number * 0x9E3779B97F4A7C15) & MASK64
-        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & MASK64
-        seed ^= seed >> 31
+        seed = mix64(seed + number * GOLDEN64)
     return seed
 
 

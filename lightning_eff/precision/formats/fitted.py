@@ -19,8 +19,8 @@ from lightning_eff.checks import Choice, Rule, Whole
 from lightning_eff.errors import InternalError
 from lightning_eff.functional import saturated_share, zero_share
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.float_format import ROUNDING, FloatFormat, Rounding
-from lightning_eff.functional.numerics.fp8 import E4M3
+from lightning_eff.functional.numerics.float_format import ROUNDING, FloatFormat, FloatRounding
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3
 from lightning_eff.functional.numerics.lognormal import FittedFormat, lognormal_fit
 from lightning_eff.kernels import float_format
 from lightning_eff.kernels.fp8 import fp8_decode, fp8_encode
@@ -45,7 +45,7 @@ class FittedOptions(LayerOptions):
     bits: Literal[8, 6] = 8
     refit_every_n_steps: int = 100
     scale: FittedScale = "max"
-    gradient_rounding: Rounding = "nearest"
+    gradient_rounding: FloatRounding = "nearest"
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         **LayerOptions.RULES,
@@ -98,13 +98,13 @@ class FittedFormatOfLayer(Format):
         """Encode with one scale for the tensor, as bfloat16 values and as bytes (of E4M3, which holds E2M3)."""
         out = scratch(name, x.numel(), torch.bfloat16) if name and x.device.type == "cpu" else None
         if self.options.bits == 8:
-            codes, kept = fp8_encode(x, E4M3, keep=True, out=out)
+            codes, kept = fp8_encode(x, FP8_E4M3, keep=True, out=out)
         else:
             largest = largest_magnitude(x).to(torch.float32)
             scale = torch.where(largest.isfinite(), largest.clamp(min=1e-12) / E2M3.max, torch.nan)
             units = torch.where(scale.isnan(), 0.0, x.detach().to(torch.float32) / scale).contiguous()
             codes = Codes(float_format.quantize(units, E2M3, dtype=torch.bfloat16), scale)
-            kept = codes.codes.to(E4M3)
+            kept = codes.codes.to(FP8_E4M3)
         if kept is None:  # keep=True
             raise InternalError("internal error: no codes were kept")
         return codes, kept
@@ -123,7 +123,7 @@ class FittedFormatOfLayer(Format):
 
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
         """Return the values of the bytes."""
-        kept = saved.packed.view(E4M3).view(tuple(shape))
+        kept = saved.packed.view(FP8_E4M3).view(tuple(shape))
         out = scratch("input", kept.numel(), torch.bfloat16) if kept.device.type == "cpu" else None
         return Codes(fp8_decode(kept, out=out), saved.scale[0])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_eff.checks import Choice, Maybe, Rule, YesNo
 from lightning_eff.functional import DelayedScale, fp8_codes, saturated_share, zero_share
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2, HISTORY, LARGEST, MARGIN
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2, HISTORY, LARGEST, MARGIN
 from lightning_eff.kernels.capability import native_fp8
 from lightning_eff.kernels.fp8 import ALIGNMENT, fp8_decode, fp8_encode
 from lightning_eff.kernels.fp8_rows import fp8_encode_along, fp8_encode_both
@@ -129,31 +129,34 @@ class FP8Format(Format):
 
     def encode_weight(self, weight: Tensor, layer: LayerView) -> WeightCodes:
         """Encode a weight in E4M3."""
-        codes = self._encode("weight", weight, E4M3, layer)[0]
+        codes = self._encode("weight", weight, FP8_E4M3, layer)[0]
         return WeightCodes(codes, codes)
 
     def encode_input(self, x: Tensor, layer: LayerView, *, save: bool) -> tuple[Codes, SavedInput | None]:
         """Encode an input in E4M3; it is kept as bytes."""
-        codes, kept = self._encode("input", x, E4M3, layer, keep=save)
+        codes, kept = self._encode("input", x, FP8_E4M3, layer, keep=save)
         if kept is None or not save:
             return codes, None
         return codes, SavedInput(kept.view(torch.uint8).reshape(-1), codes.scale.reshape(1))
 
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
         """Return the E4M3 values of the bytes."""
-        kept = saved.packed.view(E4M3).view(tuple(shape))
+        kept = saved.packed.view(FP8_E4M3).view(tuple(shape))
         if self.native(kept.device):
             return Codes(kept, saved.scale[0])
         return Codes(fp8_decode(kept, out=_buffer("input", kept)), saved.scale[0])
 
     def encode_grad(self, grad: Tensor, layer: LayerView) -> GradCodes:
         """Encode an output gradient in E5M2."""
-        codes = self._encode("grad", grad, E5M2, layer)[0]
+        codes = self._encode("grad", grad, FP8_E5M2, layer)[0]
         return GradCodes(codes, [codes])
 
     def grad_figures(self, grad: Tensor, codes: Codes, layer: LayerView) -> dict[str, Tensor]:
         """Return the shares of non-zero elements that became zero, and of values at the top."""
-        values, top = codes.codes.to(torch.bfloat16), LARGEST[E4M3 if self.options.scaling == "rowwise" else E5M2]
+        values, top = (
+            codes.codes.to(torch.bfloat16),
+            LARGEST[FP8_E4M3 if self.options.scaling == "rowwise" else FP8_E5M2],
+        )
         lost = zero_share(values) - zero_share(grad)
         return {"grad_underflow": lost, "grad_saturated": saturated_share(values, int(top))}
 
@@ -180,18 +183,18 @@ class RowwiseFP8Format(FP8Format):
         """Encode a matrix with a scale per row."""
         octaves = self.options.whole_octaves
         if self.native(x.device):
-            return fp8_codes(x, E4M3, power_of_two=octaves, dim=1)
-        return fp8_encode_along(x, E4M3, 1, power_of_two=octaves, out=_buffer(role, x))[0]
+            return fp8_codes(x, FP8_E4M3, power_of_two=octaves, dim=1)
+        return fp8_encode_along(x, FP8_E4M3, 1, power_of_two=octaves, out=_buffer(role, x))[0]
 
     def _both(self, role: str, x: Tensor, *, keep: bool = False) -> tuple[Codes, Codes]:
         """Encode a matrix with a scale per row, and with a scale per column; the latter as E4M3 if ``keep``."""
         octaves = self.options.whole_octaves
         if self.native(x.device):
-            return self._rows(role, x), fp8_codes(x, E4M3, power_of_two=octaves, dim=0)
+            return self._rows(role, x), fp8_codes(x, FP8_E4M3, power_of_two=octaves, dim=0)
         out = columns = None
         if role != "weight":
             out, columns = _buffer(role, x), None if keep else _buffer(f"{role}_columns", x)
-        return fp8_encode_both(x, E4M3, power_of_two=octaves, keep_columns=keep, out=out, out_columns=columns)
+        return fp8_encode_both(x, FP8_E4M3, power_of_two=octaves, keep_columns=keep, out=out, out_columns=columns)
 
     def encode_weight(self, weight: Tensor, layer: LayerView) -> WeightCodes:
         """Encode a weight with a scale per output (for the output) and one per input (for the input gradient)."""
@@ -212,14 +215,14 @@ class RowwiseFP8Format(FP8Format):
         """Return the E4M3 values of the bytes."""
         if len(shape) != 2:
             return super().restore_input(saved, shape)
-        kept = saved.packed.view(E4M3).view(tuple(shape))
+        kept = saved.packed.view(FP8_E4M3).view(tuple(shape))
         codes = kept if self.native(kept.device) else fp8_decode(kept, out=_buffer("input", kept))
         return Codes(codes, saved.scale.view(1, -1))
 
     def encode_grad(self, grad: Tensor, layer: LayerView) -> GradCodes:
         """Encode a gradient with a scale per row (for the input's gradient) and per output (for the weight's)."""
         if grad.dim() != 2:
-            codes = self._encode("grad", grad, E4M3, layer)[0]
+            codes = self._encode("grad", grad, FP8_E4M3, layer)[0]
             return GradCodes(codes, [codes])
         rows, columns = self._both("grad", grad)
         return GradCodes(rows, [columns])

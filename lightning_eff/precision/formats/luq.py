@@ -14,7 +14,7 @@ from lightning_eff.checks import Maybe, Rule, YesNo
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional import HindsightMax, saturated_share, zero_share
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.luq import LEVELS, MOMENTUM, ROUNDING, SAMPLES, Rounding
+from lightning_eff.functional.numerics.luq import LEVELS, MOMENTUM, ROUNDING, SAMPLES, GradientRounding
 from lightning_eff.functional.numerics.sawb import UNSIGNED, Unsigned
 from lightning_eff.kernels.capability import native_int8
 from lightning_eff.kernels.products import scratch
@@ -40,7 +40,7 @@ class LUQOptions(LayerOptions):
     unsigned: Unsigned = "mirror5"
     hindsight: float | None = None
     power_of_two: bool = False
-    gradient_rounding: Rounding = "luq"
+    gradient_rounding: GradientRounding = "luq"
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         **LayerOptions.RULES,

@@ -13,7 +13,7 @@ from lightning_eff.checks import Choice, Rule, YesNo
 from lightning_eff.functional import saturated_share, zero_share
 from lightning_eff.functional.codes import Codes
 from lightning_eff.functional.numerics.flexpoint import ALPHA, BETA, GAMMA, LENGTH, Autoflex
-from lightning_eff.functional.numerics.float_format import ROUNDING, Rounding
+from lightning_eff.functional.numerics.float_format import ROUNDING, FloatRounding
 from lightning_eff.kernels.capability import native_int16
 from lightning_eff.kernels.products import scratch
 from lightning_eff.kernels.quantize import largest_magnitude
@@ -54,7 +54,7 @@ class FlexpointOptions(DFP16Options):
     length: int = Autoflex.length
     store_results: bool = True
     weights: MasterWeights = "float32"
-    weight_rounding: Rounding = "nearest"
+    weight_rounding: FloatRounding = "nearest"
 
     RULES: ClassVar[Mapping[str, Rule]] = {
         **DFP16Options.RULES,

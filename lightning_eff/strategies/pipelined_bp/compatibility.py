@@ -186,7 +186,7 @@ def warn_if_unstable(
             EffWarning,
             stacklevel=2,
         )
-    name: Any = str(mitigation) if str(mitigation) in get_args(stability.Mitigation) else "none"
+    name: Any = str(mitigation) if str(mitigation) in get_args(stability.MitigationName) else "none"
     limits = [
         (stability.max_stable_lr(curvature, delay, momentum, mitigation=name), stage, delay, curvature)
         for stage, (delay, curvature) in enumerate(zip(delays, curved, strict=True))

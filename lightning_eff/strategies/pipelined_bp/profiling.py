@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
-from lightning_eff.functional.staleness.stability import top_curvature
+from lightning_eff.functional.staleness.curvature import top_curvature
 from lightning_eff.runtime.rng import USER, Randomness
 from lightning_eff.strategies.pipelined_bp.stack import Carry, Entry, Form, Stack
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_eff.functional.staleness.mitigation import flush_bubble
+from lightning_eff.functional.staleness.schedule import flush_bubble
 from lightning_eff.strategies.pipelined_bp.gantt import Span, schedule_svg
 from lightning_eff.strategies.pipelined_bp.timeline import Sums
 from lightning_eff.strategies.pipelined_bp.weights import Weights

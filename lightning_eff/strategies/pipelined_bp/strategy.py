@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_eff.checks import checked
 from lightning_eff.errors import EffWarning
-from lightning_eff.functional.staleness.mitigation import delay
+from lightning_eff.functional.staleness.schedule import stage_delay
 from lightning_eff.integration.loop import look_for_sigterm_once_per_window
 from lightning_eff.integration.rank_faults import Meetings
 from lightning_eff.methods import METHODS, MethodInfo
@@ -206,7 +206,7 @@ class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
             for s in where.stages_of(position)
         ]
         if position == self.positions - 1:
-            delays = [delay(s, where.stages, in_flight=self.in_flight) for s in range(where.stages)]
+            delays = [stage_delay(s, where.stages, in_flight=self.in_flight) for s in range(where.stages)]
             Console(width=140).print(cut_table(stack, seen, where, named, delays))
             refusals.warn_if_unstable(optimizer, mitigation, delays, curved)
             if said:

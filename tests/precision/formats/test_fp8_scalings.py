@@ -12,7 +12,7 @@ import lightning_eff.pytorch_lightning as standalone
 from lightning_eff import LowPrecision
 from lightning_eff.errors import ConfigurationError, NoEffectWarning
 from lightning_eff.functional import fp8_quantize
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2, fp8_codes
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2, fp8_codes
 from lightning_eff.precision import FP8Precision
 from lightning_eff.precision.formats.fp8 import FP8Options
 from lightning_eff.precision.formats.history import advance
@@ -40,7 +40,7 @@ def test_rowwise_products_are_those_of_the_cast_operands(products: str, seed: in
     weight = model[0].weight
 
     def q(t: torch.Tensor, dim: int) -> torch.Tensor:
-        return fp8_quantize(t.detach(), E4M3, power_of_two=True, dim=dim)
+        return fp8_quantize(t.detach(), FP8_E4M3, power_of_two=True, dim=dim)
 
     close(y.detach(), q(x, 1) @ q(weight, 1).T, 48)
     close(x.grad, q(grad, 1) @ q(weight, 0), 32)
@@ -66,7 +66,7 @@ def test_rowwise_convolutions_have_one_scale_and_e4m3_gradients(seed: int) -> No
     y = model(x)
     grad = torch.randn(y.shape)
     y.backward(grad)
-    xq, wq, gq = (fp8_quantize(t.detach(), E4M3, power_of_two=True) for t in (x, model[0].weight, grad))
+    xq, wq, gq = (fp8_quantize(t.detach(), FP8_E4M3, power_of_two=True) for t in (x, model[0].weight, grad))
     leaf = wq.requires_grad_()
     expected = nn.functional.conv2d(xq, leaf)
     expected.backward(gq)
@@ -90,8 +90,8 @@ def test_delayed_scales_come_from_the_steps_before(seed: int) -> None:
         def q(t: torch.Tensor, role: str, dtype: torch.dtype, scales: dict[str, float] = scales) -> torch.Tensor:
             return fp8_codes(t.detach(), dtype, max_abs=torch.tensor(scales[role])).dequantize()
 
-        close(y.detach(), q(x, "input", E4M3) @ q(model[0].weight, "weight", E4M3).T, 64)
-        close(x.grad, q(grad, "grad", E5M2) @ q(model[0].weight, "weight", E4M3), 32)
+        close(y.detach(), q(x, "input", FP8_E4M3) @ q(model[0].weight, "weight", FP8_E4M3).T, 64)
+        close(x.grad, q(grad, "grad", FP8_E5M2) @ q(model[0].weight, "weight", FP8_E4M3), 32)
         for role, tensor in now.items():
             largest[role].append(tensor.detach().abs().max().item())
         advance(list(state.histories.values()), CPU)

@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from examples.common.saved import held_by_graph, quantisable, record_all, record_saved
+from benchmarks.tasks.saved import held_by_graph, quantisable, record_all, record_saved
 
 __all__ = ["Run", "Task", "quiet", "step_seconds", "train"]
 

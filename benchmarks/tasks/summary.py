@@ -12,7 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from examples.common.compare import Run
+from benchmarks.tasks.compare import Run
 
 __all__ = ["Outcome", "figure", "outcome_table", "verdict"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.common.data import ASCII_SIZE
-from examples.common.models import GPT, DigitsNet
+from benchmarks.tasks.data import ASCII_SIZE
+from benchmarks.tasks.models import GPT, DigitsNet
 
 __all__ = ["CharGPT", "DigitsCNN"]
 

@@ -1,4 +1,4 @@
-"""Train a small CNN and a small GPT in fp32, bf16-mixed and 4 bits, and compare: ``python examples/quickstart.py``.
+"""Train a small CNN and a small GPT in fp32, bf16-mixed and 4 bits, and compare: ``python -m benchmarks.demo``.
 
 Nothing is downloaded: the CNN reads scikit-learn's digits, the GPT the source code of Python's standard library. The
 only difference between the runs is the ``precision=`` (or ``plugins=``) argument of the Trainer. Under five minutes on
@@ -13,16 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file also runs by its path
-
 import torch
 from rich.console import Console
 
 import lightning_eff  # noqa: F401 - makes precision="luq4" known to Lightning
-from examples.common.compare import Task, quiet, step_seconds, train
-from examples.common.data import DigitsData, StdlibText
-from examples.common.modules import CharGPT, DigitsCNN
-from examples.common.summary import Outcome, figure, outcome_table, verdict
+from benchmarks.tasks.compare import Task, quiet, step_seconds, train
+from benchmarks.tasks.data import DigitsData, StdlibText
+from benchmarks.tasks.modules import CharGPT, DigitsCNN
+from benchmarks.tasks.summary import Outcome, figure, outcome_table, verdict
 from lightning_eff.precision import LUQPrecision
 
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.common.compare import Run
-from examples.common.data import DigitsData, StdlibText, stdlib_source
-from examples.common.summary import Outcome, figure, outcome_table, verdict
+from benchmarks.tasks.compare import Run
+from benchmarks.tasks.data import DigitsData, StdlibText, stdlib_source
+from benchmarks.tasks.summary import Outcome, figure, outcome_table, verdict
 
 
 def test_digits_split_does_not_follow_the_seed() -> None:
