@@ -20,9 +20,8 @@ from lightning_eff.precision.formats.history import advance
 from lightning_eff.precision.layers.convert import convert
 from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 from tests.harness import run_ranks
-from tests.precision.models import NAMESPACES, parameters_of, task, trainer
-from tests.precision.test_resume import ResumableLoader
-from tests.precision.test_two_ranks import _fit
+from tests.precision.models import NAMESPACES, ResumableLoader, parameters_of, task, trainer
+from tests.precision.ranks import fit_on_rank
 
 ROWS = [
     info
@@ -316,8 +315,8 @@ def _replicas(rank: int, world_size: int, name: str, folder: str) -> dict[str, A
             seen["state"] = trainer.precision_plugin.state_dict()
 
     whole, continued = task(), task()
-    _fit(rank, whole, precision=name, max_epochs=2, callbacks=[Save()], accumulate_grad_batches=2)
-    _fit(rank, continued, precision=name, max_epochs=2, seed=4, resume=str(path), accumulate_grad_batches=2)
+    fit_on_rank(rank, whole, precision=name, max_epochs=2, callbacks=[Save()], accumulate_grad_batches=2)
+    fit_on_rank(rank, continued, precision=name, max_epochs=2, seed=4, resume=str(path), accumulate_grad_batches=2)
     return {"whole": parameters_of(whole), "continued": parameters_of(continued), "state": seen["state"]}
 
 

@@ -17,8 +17,8 @@ from lightning_eff.precision import FittedPrecision
 from lightning_eff.precision.formats.fitted import E2M3, FittedOptions, _due
 from lightning_eff.precision.formats.history import advance
 from lightning_eff.precision.layers.convert import convert
+from tests.precision.closeness import close
 from tests.precision.models import task, trainer
-from tests.precision.test_fp8 import close
 
 CPU = torch.device("cpu")
 
