@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_eff.errors import NoEffectWarning, UnsupportedCombinationError
 from lightning_eff.integration.attached import trainer_of
@@ -62,7 +64,7 @@ class BF16Mixin(RunMixin):
         self.update: Update = options["update"]
         self._seed: int | None = None
         self._models: list[nn.Module] = []
-        self._adopted: list[Any] = []
+        self._adopted: list[Optimizer] = []
         self._run = Run()
         self._left: Left | None = None
         self._new: list[Any] = []
@@ -104,16 +106,16 @@ class BF16Mixin(RunMixin):
         self._adopt(optimizer)
         return super().optimizer_step(optimizer, *args, **kwargs)
 
-    def _adopt(self, optimizer: Any) -> None:
+    def _adopt(self, optimizer: Optimizer) -> None:
         if self._seed is None:
             self._seed = seed_of_rank_0()
         if not any(known is optimizer for known in self._adopted):
             self._adopted.append(optimizer)
-        elif not optimizer.unidentified():
+        elif isinstance(optimizer, ShadowedOptimizer) and not optimizer.unidentified():
             return
         bf16_updates(optimizer, update=self.update, seed=self._seed, names=self._names(optimizer))
 
-    def _names(self, optimizer: Any) -> dict[Tensor, str]:
+    def _names(self, optimizer: Optimizer) -> dict[Tensor, str]:
         """Return what identifies the optimizer's parameters: its number, and their names in the model or places."""
         number = next(i for i, known in enumerate(self._adopted) if known is optimizer)
         every = [p for group in optimizer.param_groups for p in group["params"]]
@@ -121,7 +123,7 @@ class BF16Mixin(RunMixin):
         models = enumerate(self._models)
         return names | {p: f"{number}.{i}.{name}" for i, model in models for name, p in model.named_parameters()}
 
-    def before_step(self, optimizer: Any, closure: Closure | None) -> Closure | None:
+    def before_step(self, optimizer: Optimizer, closure: Closure | None) -> Closure | None:
         """Refuse an optimizer that would lose small updates: one that neither Trainer nor Fabric has told of."""
         if not isinstance(optimizer, ShadowedOptimizer) and self._run.has(optimizer):
             params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -162,11 +164,11 @@ class BF16Mixin(RunMixin):
         """Convert floating tensors of a batch to bfloat16."""
         return apply_to_collection(data, dtype=Tensor, function=_to_bf16)
 
-    def tensor_init_context(self) -> Any:
+    def tensor_init_context(self) -> AbstractContextManager[None]:
         """Make new floating tensors bfloat16."""
         return _default_bf16()
 
-    def module_init_context(self) -> Any:
+    def module_init_context(self) -> AbstractContextManager[None]:
         """Make new modules bfloat16."""
         return _default_bf16()
 
@@ -178,11 +180,11 @@ class BF16Mixin(RunMixin):
         with super().train_step_context():
             yield
 
-    def _optimizers(self) -> list[Any]:
+    def _optimizers(self) -> list[Optimizer]:
         """Return the Trainer's, as they are now; none with Fabric."""
         return [] if self._run.trainer is None else list(self._run.trainer.strategy.optimizers)
 
-    def forward_context(self) -> Any:
+    def forward_context(self) -> AbstractContextManager[None]:
         """Make new floating tensors in a forward pass bfloat16."""
         return _default_bf16()
 

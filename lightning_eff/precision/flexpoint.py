@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_eff.functional.numerics.flexpoint import Autoflex, round_to_scale
 from lightning_eff.kernels.quantize import largest_magnitude
@@ -106,7 +107,7 @@ class FlexpointMixin(QuantizedPrecisionMixin):
 
     # ------------------------------------------------------------------------------------------ weights in 16 bits
 
-    def _after_step(self, optimizer: Any) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         """Write weights and optimizer state with their predicted exponents, where there are no float32 masters."""
         if self.options.weights == "float32":
             return
@@ -172,7 +173,7 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         self._tell_layers()
 
 
-def _tensors(optimizer: Any, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(optimizer: Optimizer, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter that was updated and its elementwise optimizer state, with names that survive a restart."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in enumerate(parameters):

@@ -6,21 +6,33 @@ Gradients are whole and plain, or parts: FSDP2 leaves a rank DTensors, ZeRO keep
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_eff.integration.attached import trainer_of
 from lightning_eff.precision.layers.sharded import is_dtensor
 from lightning_eff.runtime.ranks import has_group
 
+
+class ZeroEngine(Protocol):
+    """Shows what is read of DeepSpeed's engine around a model."""
+
+    device: torch.device
+    module: nn.Module
+    optimizer: Any
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Return whether the optimizer steps after this micro-batch."""
+
+
 Named = list[tuple[str, Tensor]]
 """Names and parameters."""
 
 
-def broken_gradients(parameters: Named, engine: Any | None = None) -> list[str]:
+def broken_gradients(parameters: Named, engine: ZeroEngine | None = None) -> list[str]:
     """Return the names of the parameters whose gradient is not finite, the same on every rank.
 
     Every element is looked at, by the sums of the gradients; a sum that is not finite is looked into. Gradients are
@@ -33,7 +45,7 @@ def broken_gradients(parameters: Named, engine: Any | None = None) -> list[str]:
     """
     if engine is not None and not engine.is_gradient_accumulation_boundary():
         return []
-    if hasattr(getattr(engine, "optimizer", None), "has_overflow"):
+    if engine is not None and hasattr(engine.optimizer, "has_overflow"):
         return zero_broken(engine)
     broken = broken_names(parameters)
     device = engine.device if engine is not None else reduction_device(p for _, p in parameters)
@@ -89,13 +101,13 @@ def names_of_all_ranks(names: list[str]) -> list[str]:
     return list(dict.fromkeys(name for part in parts for name in part))
 
 
-def zero_engine(model: Any) -> Any | None:
+def zero_engine(model: object) -> ZeroEngine | None:
     """Return DeepSpeed's engine around a LightningModule, or None."""
     engine = getattr(getattr(trainer_of(model), "strategy", None), "model", None)
     return engine if hasattr(engine, "is_gradient_accumulation_boundary") else None
 
 
-def zero_broken(engine: Any) -> list[str]:
+def zero_broken(engine: ZeroEngine) -> list[str]:
     """Return the names of the parameters whose reduced gradient is not finite, the same on every rank.
 
     ZeRO's own look for overflows tells whether there are any: a pass over the rank's part and one all-reduce.

@@ -10,37 +10,30 @@ import math
 import statistics
 import warnings
 from collections.abc import Generator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_eff.errors import NoEffectWarning
 from lightning_eff.integration.attached import trainer_of
 from lightning_eff.integration.graft import check_strategy
 from lightning_eff.precision.formats.base import LayerOptions
 from lightning_eff.precision.formats.history import History, advance, learned, warn_of_other_layers
-from lightning_eff.precision.gradients import broken_gradients, zero_engine
+from lightning_eff.precision.gradients import ZeroEngine, broken_gradients, zero_engine
 from lightning_eff.precision.layers.convert import Conversion, convert
 from lightning_eff.precision.layers.report import change_line, conversion_table, readable_bytes
 from lightning_eff.precision.layers.state import LayerState
 from lightning_eff.precision.method import keys_of_variants
 from lightning_eff.precision.models import ConvertedModels
-from lightning_eff.precision.run import StepsMixin
+from lightning_eff.precision.run import Aside, StepsMixin
 from lightning_eff.runtime.figures import console, log_figures, of_method
 from lightning_eff.runtime.finite import FIND_OPERATION, stop_if_broken
 from lightning_eff.runtime.ranks import rank
 from lightning_eff.runtime.runs import Run
 from lightning_eff.runtime.seeds import SeedStream
-
-
-class Aside(NamedTuple):
-    """Holds what belongs to a fit, and an evaluation in between must not change."""
-
-    seed: int | None
-    calls: int
-    weights_only: bool
 
 
 class QuantizedPrecisionMixin(StepsMixin):
@@ -209,7 +202,7 @@ class QuantizedPrecisionMixin(StepsMixin):
         if (trainer := self._models.trainer) is not None:
             self._publish(trainer)
 
-    def _check_finite(self, step: int, engine: Any | None = None) -> None:
+    def _check_finite(self, step: int, engine: ZeroEngine | None = None) -> None:
         """Stop a non-finite gradient before it reaches a parameter, on every rank alike."""
         parameters = self._models.parameters()
         if broken := broken_gradients(parameters, engine):
@@ -222,7 +215,7 @@ class QuantizedPrecisionMixin(StepsMixin):
                 advice=FIND_OPERATION,
             )
 
-    def _take_in_step(self, optimizer: Any) -> None:
+    def _take_in_step(self, optimizer: Optimizer) -> None:
         """Have weight codes made anew, and let the estimates take in what was observed."""
         self._steps += 1
         self._invalidate()
@@ -230,7 +223,7 @@ class QuantizedPrecisionMixin(StepsMixin):
         advance(self.histories(), self._models.device, replicas=self._replicas())
         self._sample(self._current_step())
 
-    def _after_step(self, optimizer: Any) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         """Change the weights an optimizer has just updated, where a method does."""
 
     def histories(self) -> list[History]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,11 +16,19 @@ from lightning_eff.precision.method import MethodMixin
 from lightning_eff.runtime.runs import Run
 
 
+class Aside(NamedTuple):
+    """Holds what belongs to a fit, and an evaluation in between must not change."""
+
+    seed: int | None
+    calls: int
+    weights_only: bool
+
+
 class RunMixin(MethodMixin):
     """Tells a plugin where a run begins and ends, and of every step of every optimizer of its models."""
 
     _run: Run
-    _aside: Any = None
+    _aside: Aside | None = None
 
     def _start_run(self, module: nn.Module) -> bool:
         """Begin a run, or take in a model Fabric sets up; return whether it is a fit that goes on with the last one.
@@ -62,10 +70,11 @@ class RunMixin(MethodMixin):
     def _restart(self) -> None:
         """Let the models and optimizers of this run begin with the state there is now."""
 
-    def _put_aside(self) -> Any:
+    def _put_aside(self) -> Aside | None:
         """Return what an evaluation, which may load a checkpoint, must not change for a fit that goes on afterwards."""
+        return None
 
-    def _take_back(self, aside: Any) -> None:
+    def _take_back(self, aside: Aside) -> None:
         """Undo :meth:`_put_aside`."""
 
     def before_step(self, optimizer: Optimizer, closure: Closure | None) -> Closure | None:
@@ -131,5 +140,5 @@ class StepsMixin(RunMixin, AfterClosureMixin):
     def _look_at_gradients(self) -> None:
         """Look at the gradients before a step."""
 
-    def _take_in_step(self, optimizer: Any) -> None:
+    def _take_in_step(self, optimizer: Optimizer) -> None:
         """Take in that parameters have changed."""

@@ -51,7 +51,7 @@ AttentionTwin.forward.__wrapped__ = nn.MultiheadAttention.forward  # type: ignor
 
 
 def _attend(
-    module: Any,
+    module: nn.MultiheadAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -101,7 +101,7 @@ def _attend(
     return out.contiguous() if fused else out, weights
 
 
-def _takes(module: Any, state: LayerState, query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _takes(module: nn.MultiheadAttention, state: LayerState, query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether all four projections are quantised now; torch computes or refuses the rest."""
     packed, bias = module.in_proj_weight, module.in_proj_bias
     separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
@@ -114,7 +114,7 @@ def _takes(module: Any, state: LayerState, query: Tensor, key: Tensor, value: Te
 
 
 def _project(
-    module: Any, state: LayerState, query: Tensor, key: Tensor, value: Tensor
+    module: nn.MultiheadAttention, state: LayerState, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project (N, L, E) inputs to three (N, heads, L, head_dim); one product where the inputs are one tensor."""
     weight, bias = module.in_proj_weight, module.in_proj_bias
@@ -150,7 +150,14 @@ def _mask(q: Tensor, k: Tensor, padding: Tensor | None, attention: Tensor | None
 
 
 def _scores(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, need_weights: bool
+    module: nn.MultiheadAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the context (N, heads, L, head_dim), and the weights (N, heads, L, S) if they are needed."""
     dropout = module.dropout if module.training else 0.0
@@ -162,7 +169,7 @@ def _scores(
     return weights @ v, weights
 
 
-def _is_fused(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _is_fused(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether torch would take its fused inference path, whose result is contiguous."""
     plain = not (module.training or torch.is_grad_enabled() or torch.is_autocast_enabled(query.device.type))
     fits = query is key and key is value and module.in_proj_bias is not None and module.num_heads % 2 == 0
@@ -175,7 +182,7 @@ def _is_fused_nested(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor |
     return same and all(mask is None for mask in masks) and not torch.is_grad_enabled()
 
 
-def _attend_nested(module: Any, query: Tensor, *flags: Any) -> tuple[Tensor, Tensor | None]:
+def _attend_nested(module: nn.MultiheadAttention, query: Tensor, *flags: Any) -> tuple[Tensor, Tensor | None]:
     """Attend over the parts of a nested tensor, by padding it."""
     padded, lengths = query.to_padded_tensor(0.0), query._nested_tensor_size()[:, 0]
     padding = (

@@ -45,7 +45,7 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 

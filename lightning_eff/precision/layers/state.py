@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lightning_eff.precision.formats.history import History
 from lightning_eff.runtime.seeds import SeedStream
 
 Arrange = Callable[[Tensor], Tensor]
+Key = tuple[Hashable, ...]
 
 
 class Kept(NamedTuple):
@@ -41,10 +42,10 @@ class RecentInputs:
     """A residual block reads its input, then something else, then its input again for the shortcut."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[weakref.ref[Tensor], tuple[Any, ...], Kept]] = []
+        self._entries: list[tuple[weakref.ref[Tensor], Key, Kept]] = []
 
     @staticmethod
-    def _key(x: Tensor, arrange: Arrange) -> tuple[Any, ...]:
+    def _key(x: Tensor, arrange: Arrange) -> Key:
         return (x._version, x.data_ptr(), x.shape, x.stride(), x.dtype, arrange, fingerprint(x))
 
     def find(self, x: Tensor, arrange: Arrange) -> Kept | None:
@@ -99,12 +100,12 @@ class LayerState:
         self.step = 0
         self.histories = self.format.histories()
         self.written: dict[int, float] = {}
-        self._cache: dict[tuple[Any, ...], WeightCodes] = {}
+        self._cache: dict[Key, WeightCodes] = {}
         self._said: set[str] = set()
         self.handle = torch.tensor(next(_NUMBERS), dtype=torch.int64, device="cpu")
         _STATES[int(self.handle)] = self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         """Copy and pickle as None: the state belongs to the run, and a layer without one is plain."""
         return _no_state, ()
 

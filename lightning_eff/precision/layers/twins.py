@@ -138,16 +138,16 @@ def unquantised(x: Tensor, weight: Tensor) -> str:
 class _Pretended:
     """Shows another value of an attribute while the module is converted; its own stays in the module's ``__dict__``."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: object) -> None:
         self.value = value
 
-    def __set_name__(self, owner: type[Any], name: str) -> None:
+    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
         self.name = name
 
-    def __get__(self, module: Any, kind: type[Any] | None = None) -> Any:
+    def __get__(self, module: nn.Module | None, kind: type[nn.Module] | None = None) -> object:
         return self.value
 
-    def __set__(self, module: Any, value: Any) -> None:
+    def __set__(self, module: nn.Module, value: object) -> None:
         module.__dict__[self.name] = value
 
 
