@@ -20,7 +20,7 @@ import lightning_eff.callbacks
 import lightning_eff.precision
 from lightning_eff.methods import METHODS
 from lightning_eff.optim.steps import STEPS
-from lightning_eff.precision.formats import config
+from lightning_eff.precision.formats import fp8
 
 BATCHES = 4
 
@@ -28,7 +28,7 @@ BATCHES = 4
 @pytest.fixture
 def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """FP8 converts layers of any size."""
-    monkeypatch.setattr(config, "SLOW_FEATURES", 0)
+    monkeypatch.setattr(fp8, "SLOW_FEATURES", 0)
 
 
 @pytest.fixture
