@@ -22,13 +22,11 @@ FUNCTIONS = {"bf16_updates": "lightning_eff.optim"}
 """Public names of ``lightning_eff`` that are no methods -> where they are."""
 OTHERS = ("METHODS", "MethodInfo", "__version__")
 """What ``lightning_eff`` has without asking anybody."""
-AT_ODDS = {("lightning.pytorch", "precision"), ("pytorch_lightning", "precision"), ("pytorch_lightning", "strategy")}
+AT_ODDS = {("pytorch_lightning", "precision"), ("pytorch_lightning", "strategy")}
 """Namespace and kind of classes whose mixin and base mypy finds at odds: take out what agrees by now.
 
 Mixins are typed for ``lightning.pytorch``, whose classes are others than those of ``pytorch_lightning``.
 """
-IGNORED = {"PipelinedBPStrategy"}
-"""Single classes of which it finds that, where their kind is not named above."""
 
 
 LOOSE = """# A mixin is typed for one Lightning and stands in front of the classes of each: "incompatible base classes".
@@ -110,9 +108,8 @@ def stubs(kinds: Sequence[str], root: str) -> str:
     text += "\n" + "".join(import_of(module, [name]) for module, name in mixins)
     for group in groups:
         row = group[0]
-        mark = "  # type: ignore[misc]" if row.class_name in IGNORED and not loose else ""
         mixin = row.mixin.partition(":")[2]
-        text += f"\n    class {row.class_name}({mixin}, {BASES[row.kind].name}):{mark}\n{docstring(group)}"
+        text += f"\n    class {row.class_name}({mixin}, {BASES[row.kind].name}):\n{docstring(group)}"
     return text + "\n\n" + names_list([group[0].class_name for group in groups], "__all__ = ")
 
 

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from lightning_eff.integration.namespaces import class_getter, public_classes
 
 # ---- written by tests/faces.py from the rows of the methods
-# A mixin is typed for one Lightning and stands in front of the classes of each: "incompatible base classes".
-# mypy: disable-error-code="misc"
 if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
 

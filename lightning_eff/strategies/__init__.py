@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     class DropComputeStrategy(DropComputeMixin, DDPStrategy):
         """Data parallelism that does not wait for stragglers: late ranks drop micro-batches."""
 
-    class PipelinedBPStrategy(PipelinedBPMixin, DDPStrategy):  # type: ignore[misc]
+    class PipelinedBPStrategy(PipelinedBPMixin, DDPStrategy):
         """Pipeline parallelism without bubble: stages update at once and allow for late gradients."""
 
 
