@@ -11,7 +11,7 @@ __all__ = ["console", "is_logged", "log_figures"]
 
 
 def is_logged(trainer: Any, step: int) -> bool:
-    """Whether the Trainer logs after ``step`` optimizer steps; with ``log_every_n_steps=0`` or barebones it never does.
+    """Return whether the Trainer logs after ``step`` steps; with ``log_every_n_steps=0`` or barebones it never does.
 
     Args:
         trainer: Lightning's.

@@ -166,7 +166,7 @@ class DropComputeMixin(HeldClock, NoCollectives, StepGuard, RankFaults):
             self._tallies.forget()
             self._steps = 0
         self._trained = (trainer, trainer.lightning_module)
-        self._compensation.go_on(trainer, self._tallies.total.dropped)
+        self._compensation.begin_run(trainer, self._tallies.total.dropped)
         self._begin(self._steps)
         self._undo += [
             look_for_sigterm_once_per_window(trainer),
