@@ -21,7 +21,7 @@ from benchmarks.tasks.compare import Task, quiet, step_seconds, train
 from benchmarks.tasks.data import DigitsData, StdlibText
 from benchmarks.tasks.modules import CharGPT, DigitsCNN
 from benchmarks.tasks.summary import Outcome, figure, outcome_table, verdict
-from lightning_eff.precision import LUQPrecision
+from lightning_eff import LUQPrecision
 
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "fp32": lambda: {"precision": "32-true"},

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_eff.strategies import PipelinedBPStrategy
+from lightning_eff import PipelinedBPStrategy
 
 
 class YourModule(L.LightningModule):

@@ -21,8 +21,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_eff import DropComputeStrategy
 from lightning_eff.functional import Delay, parse_delay
-from lightning_eff.strategies import DropComputeStrategy
 
 MICRO_BATCHES, FIRST = 8, 8  # micro-batches in a step; dropcompute measures its threshold in the first steps
 

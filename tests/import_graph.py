@@ -21,7 +21,7 @@ FLOORS = (
 """Parts from the lowest to the highest; a part imports itself and what is lower."""
 FACADES = ("__init__", "pytorch_lightning")
 """They hold names alone, which load when they are used: no floor."""
-INSIDE = {"precision": (("formats",), ("layers",), ("gradients", "run", "plugin"))}
+INSIDE = {"precision": (("formats",), ("layers",), ("gradients", "method", "models", "plugin", "run"))}
 """Floors inside a part; what is not named is above them."""
 
 
@@ -182,8 +182,10 @@ def _accessed(node: ast.AST) -> str:
 
 
 _BY_STRING = ("getattr", "hasattr", "setattr", "delattr")
-_THEIRS = frozenset({"_replace", "_asdict", "_fields", "_version", "_values", "_buffers", "_parameters", "_modules"})
-"""Of named tuples, tensors and modules, whoever has an attribute of that name besides."""
+_THEIRS = frozenset(
+    {"_replace", "_asdict", "_fields", "_version", "_values", "_buffers", "_parameters", "_modules", "_trainer"}
+)
+"""Of named tuples, tensors, modules and LightningModules, whoever has an attribute of that name besides."""
 
 
 def figures(graph: Mapping[str, set[str]]) -> str:

@@ -20,7 +20,7 @@ import lightning_eff.callbacks
 import lightning_eff.precision
 from lightning_eff.methods import METHODS
 from lightning_eff.optim.steps import STEPS
-from lightning_eff.precision.formats import config
+from lightning_eff.precision.formats import fp8
 
 BATCHES = 4
 
@@ -28,7 +28,7 @@ BATCHES = 4
 @pytest.fixture
 def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """FP8 converts layers of any size."""
-    monkeypatch.setattr(config, "SLOW_FEATURES", 0)
+    monkeypatch.setattr(fp8, "SLOW_FEATURES", 0)
 
 
 @pytest.fixture
@@ -92,6 +92,7 @@ CALLBACKS = [
     Subject("feedback", "GradientPruning", {"sparsity": 0.6, "warmup_steps": 0, "feedback": True}),
     Subject("statistics", "GradientStatistics", {"every_n_steps": 2}),
     Subject("low_precision", "LowPrecision", {"method": "luq4", "options": {"hindsight": 0.5}}),
+    Subject("non_finite_guard", "NonFiniteGuard", {"on_nonfinite": "skip"}),
     Subject("fine_tuning", "LUQFineTuning", {"steps": 2}, "luq4"),
 ]
 SUBJECTS = PRECISIONS + CALLBACKS

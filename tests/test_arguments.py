@@ -163,10 +163,9 @@ def plain(value: Any) -> bool:
 
 def used(thing: Any) -> None:
     """What a run does first with an object that was made."""
-    if hasattr(thing, "config"):
-        thing.config.format().memories()
-        names = [field.name for field in dataclasses.fields(thing.config)]
-        assert all(plain(getattr(thing.config, name)) for name in names)
+    if dataclasses.is_dataclass(given := getattr(thing, "options", None)):
+        given.format().histories()
+        assert all(plain(getattr(given, field.name)) for field in dataclasses.fields(given))
     else:
         kept = {name: value for name, value in vars(thing).items() if name in options_of(type(thing))}
         assert all(plain(value) or name in {"delay", "options", "mitigation"} for name, value in kept.items())
@@ -218,13 +217,16 @@ def accepted(cls: type[Any], number: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("cls", [c for c in public("precision") if hasattr(c(), "config")], ids=lambda c: c.__name__)
+CONVERTING = [cls for cls in public("precision") if hasattr(cls, "options_class")]
+
+
+@pytest.mark.parametrize("cls", CONVERTING, ids=lambda c: c.__name__)
 def test_what_a_precision_has_taken_trains(cls: type[Any]) -> None:
     for options in accepted(cls, 12):
         model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
-        config = made(cls, options)[0].config
+        taken = made(cls, options)[0].options
         try:
-            convert(model, config)
+            convert(model, taken)
         except EffError:  # a pattern that matches no layer
             continue
         for _ in range(2):

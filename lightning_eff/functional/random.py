@@ -77,7 +77,7 @@ def uniform_bits(numel: int, seed: int, *, device: torch.device | str | None = N
 
 
 def uniform(numel: int, seed: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Uniform float32 in [0, 1) with 23 bits, from :func:`uniform_bits`; shape ``(numel,)``."""
+    """Return uniform float32 in [0, 1) with 23 bits, from :func:`uniform_bits`; shape ``(numel,)``."""
     bits = uniform_bits(numel, seed, device=device)
     return ((bits >> 9) & 0x7FFFFF).to(torch.float32) * 2.0**-23
 

@@ -215,7 +215,7 @@ def _sgd(
 
 @functools.cache
 def rounds_like_torch(kernels: ctypes.CDLL) -> bool:
-    """Whether the kernel's fused multiply-adds are what torch's ``add`` with ``alpha`` does on this machine."""
+    """Return whether the kernel's fused multiply-adds are what torch's ``add`` with ``alpha`` does on this machine."""
     rule = SGDRule(lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.01, nesterov=True, maximize=True)
     generator = torch.Generator().manual_seed(0)  # vectors, and a rest
     value, grad, buffer = torch.randn(3, 1003, generator=generator, dtype=torch.float32, device=CPU)

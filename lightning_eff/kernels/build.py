@@ -85,7 +85,7 @@ class Obtained(NamedTuple):
 
 @functools.cache
 def cpu_facts() -> tuple[str, ...]:
-    """Model and features of the processor as Linux tells them; elsewhere what is known, down to the host's name."""
+    """Return the processor's model and features as Linux tells them, elsewhere what is known, or the host's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -96,7 +96,7 @@ def cpu_facts() -> tuple[str, ...]:
 
 @functools.cache
 def machine_key() -> str:
-    """A name for this kind of machine: CPU model and features, so that a shared home directory holds several."""
+    """Return a name for this kind of machine, CPU model and features: a shared home directory holds several."""
     return hashlib.sha256("\n".join([sys.platform, *cpu_facts()]).encode()).hexdigest()[:16]
 
 
@@ -112,7 +112,7 @@ def build_key() -> str:
 
 
 def measurement_key() -> str:
-    """A name for what a measurement of the kernels depends on: an upgrade measures anew."""
+    """Return a name for what a measurement of the kernels depends on: an upgrade measures anew."""
     return build_key()
 
 
@@ -215,7 +215,7 @@ def obtained() -> Obtained:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or ``None`` (with one :class:`FallbackWarning`) when they cannot be had here.
+    """Return the compiled kernels, or ``None`` (with one :class:`FallbackWarning`) when they cannot be had here.
 
     One FallbackWarning, too, where they are there but not from the folder asked for, or not by the compiler asked for.
     ``LIGHTNING_EFF_KERNELS=0`` switches them off without a warning.

@@ -72,7 +72,7 @@ def _small_integers(dtype: torch.dtype, largest: int, device: torch.device) -> t
 
 
 def measure_int8(device: torch.device) -> Measured:
-    """The int8 product against the one in float32.
+    """Measure the int8 product against the one in float32.
 
     Returns:
         ``native_s`` and ``plain_s`` (seconds), ``exact`` (all sums equal), ``native`` (exact and faster).
@@ -83,7 +83,7 @@ def measure_int8(device: torch.device) -> Measured:
 
 
 def measure_fp8(device: torch.device) -> Measured:
-    """The FP8 product against the one in bfloat16; see :func:`measure_int8`."""
+    """Measure the FP8 product against the one in bfloat16; see :func:`measure_int8`."""
     a, b, product = _small_integers(torch.float32, 8, device)
     one, wide = torch.ones((), dtype=torch.float32, device=device), (a.to(torch.bfloat16), b.to(torch.bfloat16))
     left, right = Codes(a.to(FP8_E4M3), one), Codes(b.t().contiguous().to(FP8_E4M3).t(), one)
@@ -91,7 +91,7 @@ def measure_fp8(device: torch.device) -> Measured:
 
 
 def measure_int16(device: torch.device) -> Measured:
-    """The int16 product against its emulation; see :func:`measure_int8`."""
+    """Measure the int16 product against its emulation; see :func:`measure_int8`."""
     a, b, product = _small_integers(torch.int16, 64, device)
     return _timed(lambda: code_product(a, b, native=True), lambda: code_product(a, b, native=False), product)
 
@@ -110,7 +110,7 @@ def measure(kind: str, device: torch.device) -> Measured:
 
 
 def remembered(kind: str, device: torch.device) -> Measured:
-    """The measurement all processes of this machine go by, made now if it is not there."""
+    """Return the measurement all processes of this machine go by, made now if it is not there."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     kernels = "torch" if library() is None else "compiled"  # asked before the lock is taken: building takes it, too
     file = re.sub(r"[^\w.+-]", "_", f"{kind}-{measurement_key()}-{kernels}-{torch.__version__}-{name}")[:200] + ".json"
@@ -158,7 +158,7 @@ def _undisputed(kind: str, device: torch.device) -> Measured:
 
 
 def has_units(kind: str, device: torch.device) -> bool:
-    """Whether the processor multiplies such codes in units of their own."""
+    """Return whether the processor multiplies such codes in units of their own."""
     if device.type == "cuda":
         return kind in _LEAST_CAPABILITY and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY[kind]
     if kind == "int16":
@@ -181,7 +181,7 @@ def is_native(kind: str, device_type: str, index: int | None) -> bool:
 
 
 def native_int8(device: torch.device | str = "cpu") -> bool:
-    """Whether products of int8 codes run natively on ``device``: exact and faster than float32 when measured.
+    """Return whether products of int8 codes run natively on ``device``: exact and faster than float32 when measured.
 
     ``LIGHTNING_EFF_INT8=0`` or ``=1`` overrides the measurement.
     """
@@ -190,7 +190,7 @@ def native_int8(device: torch.device | str = "cpu") -> bool:
 
 
 def native_int16(device: torch.device | str = "cpu") -> bool:
-    """Whether products of int16 codes run natively on ``device``: a CPU where they were faster than emulated.
+    """Return whether products of int16 codes run natively on ``device``: a CPU where they were faster than emulated.
 
     ``LIGHTNING_EFF_INT16=0`` or ``=1`` overrides the measurement.
     """
@@ -199,7 +199,7 @@ def native_int16(device: torch.device | str = "cpu") -> bool:
 
 
 def native_fp8(device: torch.device | str = "cuda") -> bool:
-    """Whether products of FP8 codes run natively on ``device``: a GPU where they were faster than bfloat16.
+    """Return whether products of FP8 codes run natively on ``device``: a GPU where they were faster than bfloat16.
 
     ``LIGHTNING_EFF_FP8=0`` or ``=1`` overrides the measurement. A CPU has no such units.
     """

@@ -37,7 +37,7 @@ GATHER_BYTES = 4 << 20
 
 
 def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
-    """Codes (N, D, H, W, C) -> (N * positions, T * C): the values under each tap, zero outside.
+    """Gather codes (N, D, H, W, C) -> (N * positions, T * C): the values under each tap, zero outside.
 
     Args:
         src: contiguous channels-last codes.
@@ -70,7 +70,7 @@ def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
 
 
 def gather_indexed(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
-    """:func:`gather` by advanced indexing, for any device and dtype."""
+    """Do as :func:`gather` by advanced indexing, for any device and dtype."""
     inside = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=src.device)
     places = []
     for axis in range(3):
@@ -85,7 +85,7 @@ def gather_indexed(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) ->
 
 
 def image_groups(images: int, bytes_per_image: int, at_least: int = 0) -> Iterator[slice]:
-    """Groups of images that gather about :data:`GATHER_BYTES`, or ``at_least`` bytes where a group has a fixed cost."""
+    """Yield groups of images that gather :data:`GATHER_BYTES`, or ``at_least`` bytes if groups have a fixed cost."""
     size = max(1, max(GATHER_BYTES, at_least) // max(bytes_per_image, 1))
     return (slice(start, min(start + size, images)) for start in range(0, images, size))
 
@@ -145,7 +145,7 @@ def conv_forward(
     dtype: torch.dtype = torch.float32,
     keep_last: bool = True,
 ) -> Tensor:
-    """Output of the convolution, (N, D', H', W', O), or contiguous (N, O, D', H', W') without ``keep_last``.
+    """Return the convolution's output, (N, D', H', W', O), or (N, O, D', H', W') without ``keep_last``; contiguous.
 
     Args:
         x: codes (N, D, H, W, C).
@@ -179,7 +179,7 @@ def conv_input_grad(
     dtype: torch.dtype = torch.float32,
     keep_last: bool = True,
 ) -> Tensor:
-    """Gradient of the input, (N, D, H, W, C), or contiguous (N, C, D, H, W) without ``keep_last``.
+    """Return the gradient of the input, (N, D, H, W, C), or (N, C, D, H, W) without ``keep_last``; contiguous.
 
     Args:
         grad: codes of the output gradient (N, D', H', W', O).
@@ -219,7 +219,7 @@ def conv_input_grad(
 def conv_weight_grad(
     grad: Codes, x: Codes, geometry: Geometry, *, native: bool, factor: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Gradient of the weight, (O, T, C / groups).
+    """Return the gradient of the weight, (O, T, C / groups).
 
     Args:
         grad: codes of the output gradient (N, D', H', W', O).

@@ -82,7 +82,7 @@ def quantize(
     infinity: Infinity = "propagate",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Values of ``fmt``, see :func:`lightning_eff.functional.quantize`; the result is contiguous."""
+    """Round to values of ``fmt``, see :func:`lightning_eff.functional.quantize`; the result is contiguous."""
     check_choices(rounding, infinity)
     kernels = _library_for(x)
     if kernels is None:
@@ -101,7 +101,7 @@ def encode(
     seed: int | None = None,
     infinity: Infinity = "propagate",
 ) -> Tensor:
-    """Codes of ``fmt``, see :func:`lightning_eff.functional.encode`; the result is contiguous."""
+    """Round to codes of ``fmt``, see :func:`lightning_eff.functional.encode`; the result is contiguous."""
     check_choices(rounding, infinity)
     kernels = _library_for(x)
     if kernels is None:

@@ -40,7 +40,7 @@ def fp8_encode(
     max_abs: float | None = None,
     observed: Tensor | None = None,
 ) -> tuple[Codes, Tensor | None]:
-    """FP8 values of ``x`` as bfloat16 codes, and the FP8 tensor itself if ``keep``.
+    """Return FP8 values of ``x`` as bfloat16 codes, and the FP8 tensor itself if ``keep``.
 
     Args:
         x: any floating tensor.
@@ -94,7 +94,7 @@ def _encode_plain(
 
 
 def fp8_decode(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The bfloat16 values of finite FP8 ``codes``; ``out`` is a bfloat16 buffer to use."""
+    """Return the bfloat16 values of finite FP8 ``codes``; ``out`` is a bfloat16 buffer to use."""
     kernels = kernels_for(codes)
     if kernels is None:
         return codes.to(torch.bfloat16)
@@ -113,7 +113,7 @@ def fp8_decode(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
 def fp8_product(
     a: Codes, b: Codes, *, factor: float = 1.0, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``(a.codes @ b.codes) * a.scale * b.scale * factor + bias`` on FP8 units, sums in float32.
+    """Return ``(a.codes @ b.codes) * a.scale * b.scale * factor + bias`` from FP8 units, sums in float32.
 
     CUDA's rules are met here: the left operand row-major, the right one column-major, sizes padded with zeros to
     multiples of :data:`ALIGNMENT`, bfloat16 results where there is a scale for each row.

@@ -36,7 +36,7 @@ def fp8_encode_along(
     keep: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Codes, Tensor | None]:
-    """FP8 values of a matrix as bfloat16 codes, and the FP8 tensor itself if ``keep``.
+    """Return FP8 values of a matrix as bfloat16 codes, and the FP8 tensor itself if ``keep``.
 
     Args:
         x: (M, K), any floating dtype.
@@ -69,7 +69,7 @@ def fp8_encode_both(
     out: Tensor | None = None,
     out_columns: Tensor | None = None,
 ) -> tuple[Codes, Codes]:
-    """FP8 values of a matrix with a scale per row, and with a scale per column.
+    """Return FP8 values of a matrix with a scale per row, and with a scale per column.
 
     Args:
         x: (M, K), any floating dtype.
@@ -112,7 +112,7 @@ class _Lines(NamedTuple):
     values: Tensor
 
     def pointers(self, n: int, dtype: torch.dtype) -> tuple[int, int | None, int | None]:
-        """Null for what is not wanted, and for what is empty."""
+        """Return the addresses, null for what is not wanted, and for what is empty."""
         return (
             pointer("eff_fp8_encode_lines(scales)", self.scale, self.scale.numel(), torch.float32),
             pointer("eff_fp8_encode_lines(codes)", self.kept, n, dtype),

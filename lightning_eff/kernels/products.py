@@ -76,7 +76,7 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Operands with zeros added until CUDA's rules hold: more than 16 rows, inner and outer size multiples of 8."""
+    """Add zeros to the operands until CUDA's rules hold: more than 16 rows, inner and outer size multiples of 8."""
     (m, k), n = a.shape, b.shape[1]
     a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
     return a.contiguous(), torch.nn.functional.pad(b, (0, -n % 8, 0, -k % 8))
@@ -92,7 +92,7 @@ def _widened(name: str, codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
-    """Product of codes: exact for integers (int16 units round in float32, see :mod:`lightning_eff.kernels.int16`).
+    """Multiply codes, exactly for integers (int16 units round in float32, see :mod:`lightning_eff.kernels.int16`).
 
     Args:
         a: (M, K) int8, int16 (shared-exponent integers, or codes beyond int8), or values that bfloat16 holds: sums of
@@ -108,7 +108,7 @@ def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
 
 
 def sum_of_products(pairs: Iterable[tuple[Tensor, Tensor]], *, native: bool) -> Tensor | None:
-    """Sum of :func:`code_product` over pairs of equal outer sizes; None if there is nothing to sum.
+    """Return the sum of :func:`code_product` over pairs of equal outer sizes; None if there is nothing to sum.
 
     A pair is used up before the next is asked for, so that all may lie in one buffer.
     """
@@ -153,7 +153,7 @@ def _cut(a: Tensor, b: Tensor, limit: int) -> Iterable[tuple[Tensor, Tensor]]:
 
 
 def single_product(a: Tensor, b: Tensor, native: bool) -> tuple[Tensor, bool]:
-    """``a @ b``, of few enough terms, and whether it lies in a buffer that the next product overwrites."""
+    """Return ``a @ b``, of few enough terms, and whether it lies in a buffer that the next product overwrites."""
     small = a.dtype == b.dtype == torch.int8
     if native and small:
         return _int_mm(a, b), True
@@ -179,7 +179,7 @@ def rescale(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``acc * (a * b * factor) + bias`` in one pass; ``acc * (a * factor) * b + bias`` where a or b is a vector.
+    """Return ``acc * (a * b * factor) + bias`` in one pass; ``acc * (a * factor) * b + bias`` if a or b is a vector.
 
     Args:
         acc: (M, N) int32, float32, float64 or bfloat16 sums.
@@ -242,7 +242,7 @@ def scaled_product(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``(a.codes @ b.codes) * (a.scale * b.scale * factor) + bias``, codes (M, K) and (K, N), result (M, N)."""
+    """Return ``(a.codes @ b.codes) * (a.scale * b.scale * factor) + bias``; codes (M, K) and (K, N), result (M, N)."""
     if native and a.codes.dtype in FP8_FORMATS and a.codes.numel() and b.codes.numel():
         return fp8_product(a, b, factor=factor, bias=bias, dtype=dtype)
     acc = code_product(a.codes, b.codes, native=native)

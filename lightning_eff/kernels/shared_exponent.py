@@ -40,7 +40,7 @@ def integer_encode(
     out: Tensor | None = None,
     observed: Tensor | None = None,
 ) -> Codes:
-    """Integers in units of a given scale, see :func:`lightning_eff.functional.integer_codes`.
+    """Return integers in units of a given scale, see :func:`lightning_eff.functional.integer_codes`.
 
     Args:
         x: any floating tensor.
@@ -129,7 +129,7 @@ def round_to_scale_(x: Tensor, scale: Tensor, *, bits: int = 16, observed: Tenso
 
 
 def dfp_encode(x: Tensor, *, bits: int = 16, out: Tensor | None = None) -> Codes:
-    """DFP-16 codes, see :func:`lightning_eff.functional.dfp_codes`: one pass for the maximum, one for the codes.
+    """Return DFP-16 codes, see :func:`lightning_eff.functional.dfp_codes`: one pass for the maximum, one for the codes.
 
     Args:
         x: any floating tensor.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
-__all__ = ["ScalePredictor"]
+__all__ = ["FineTuned", "ScalePredictor"]
 
 
 @runtime_checkable
@@ -28,3 +28,16 @@ class ScalePredictor(Protocol):
 
     def unchanged(self) -> AbstractContextManager[None]:
         """Return a context within which the model may run and leave no trace: no rounding seed, no prediction."""
+
+
+class FineTuned(Protocol):
+    """A precision plugin that can train its last steps with quantised weights and everything else in high precision."""
+
+    weights_only: bool
+    """Whether it does so now."""
+
+    def begin_fine_tuning(self) -> None:
+        """Quantise the weights alone from now on."""
+
+    def end_fine_tuning(self) -> None:
+        """Quantise everything again from now on."""

@@ -6,25 +6,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from lightning_eff.functional import draw_seed, uniform_bits
 from lightning_eff.functional.random import GOLDEN64, MASK64, ROW, mix32, mix64, rank_seed, uniform
-from tests.bounds import FALSE_ALARM
+from tests.bounds import FALSE_ALARM, chi_square, chi_square_bound, correlation, correlation_bound
 from tests.harness import run_ranks
 
 N = 1 << 20
-
-
-def chi_square_bound(degrees: int, comparisons: int) -> float:
-    """Laurent and Massart 2000, lemma 1: P(chi2 > d + 2 sqrt(d t) + 2 t) <= exp(-t)."""
-    t = math.log(comparisons / FALSE_ALARM)
-    return degrees + 2 * math.sqrt(degrees * t) + 2 * t
-
-
-def chi_square(counts: Tensor) -> float:
-    expected = counts.sum().double() / counts.numel()
-    return float(((counts.double() - expected) ** 2 / expected).sum())
 
 
 @pytest.mark.parametrize("shift", [0, 8, 16, 24])
@@ -47,17 +35,6 @@ def test_bits_are_balanced_in_every_position(seed: int) -> None:
     ones = torch.stack([((bits >> k) & 1).sum() for k in range(32)]).double()
     bound = math.sqrt(math.log(2 * 64 / FALSE_ALARM) / (2 * N))  # Hoeffding
     assert float((ones / N - 0.5).abs().max()) < bound
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Mean of the product of two uniform variables, centred and scaled to unit variance."""
-    return float(((a.double() - 0.5) * (b.double() - 0.5)).mean() * 12)
-
-
-def correlation_bound(n: int, comparisons: int) -> float:
-    """Each product is within +-3, with variance 1 under independence: Bernstein."""
-    t = math.log(2 * comparisons / FALSE_ALARM)
-    return math.sqrt(2 * t / n) + t / n
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 7, 64, 1000, ROW - 1, ROW, ROW + 1, 2 * ROW])

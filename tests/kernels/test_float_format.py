@@ -15,7 +15,7 @@ from lightning_eff.functional.numerics import float_format as plain
 from lightning_eff.functional.numerics.float_format import E4M3, E5M2, FloatFormat, FloatRounding, Infinity
 from lightning_eff.kernels import float_format as compiled
 from tests.bounds import lognormal
-from tests.functional.numerics.test_float_format import FORMATS, all_float16, name
+from tests.functional.numerics.formats import FORMATS, all_float16, name
 
 pytestmark = pytest.mark.usefixtures("compiled_kernels")
 

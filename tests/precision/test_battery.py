@@ -14,42 +14,36 @@ from torch import nn
 import lightning_eff.precision
 from lightning_eff.errors import ConfigurationError, EffWarning, NonFiniteGradientError, UnsupportedCombinationError
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.formats import config
+from lightning_eff.precision.formats import fp8
+from lightning_eff.precision.formats.base import LayerOptions
 from lightning_eff.precision.formats.history import advance
 from lightning_eff.precision.layers.convert import convert
 from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 from tests.harness import run_ranks
-from tests.precision.models import NAMESPACES, parameters_of, task, trainer
-from tests.precision.test_resume import ResumableLoader
-from tests.precision.test_two_ranks import _fit
+from tests.precision.models import NAMESPACES, ResumableLoader, parameters_of, task, trainer
+from tests.precision.ranks import fit_on_rank
 
 ROWS = [
     info
     for info in METHODS.values()
     if info.kind == "precision" and issubclass(info.load_mixin(), QuantizedPrecisionMixin)
 ]
-OPTIONS: dict[str, dict[str, Any]] = {
-    "fp8-rowwise": {"scaling": "rowwise"},
-    "fp8-delayed": {"scaling": "delayed"},
-    "fp6-fit": {"bits": 6},
-}
-"""How the class is asked for the variant that a string names."""
 every_method = pytest.mark.parametrize("info", ROWS, ids=lambda info: info.name)
 
 
 @pytest.fixture(autouse=True)
 def _small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "SLOW_FEATURES", 0)
-    monkeypatch.setattr(config, "SLOW_CHANNELS", 0)
+    monkeypatch.setattr(fp8, "SLOW_FEATURES", 0)
+    monkeypatch.setattr(fp8, "SLOW_CHANNELS", 0)
 
 
 def plugin(info: MethodInfo, **options: Any) -> Any:
-    return getattr(lightning_eff.precision, info.class_name)(**OPTIONS.get(info.name, {}), **options)
+    return getattr(lightning_eff.precision, info.class_name)(**info.options, **options)
 
 
-def layer_config(info: MethodInfo, **options: Any) -> config.LayerConfig:
+def layer_options(info: MethodInfo, **options: Any) -> LayerOptions:
     """The options of the method, every layer converted."""
-    return type(plugin(info).config)(**OPTIONS.get(info.name, {}), **{"exempt_first_last": False, **options})
+    return plugin(info).options_class(**info.options, **{"exempt_first_last": False, **options})
 
 
 def fitted(root: str = NAMESPACES[0], **options: Any) -> Any:
@@ -151,7 +145,7 @@ def test_compiled_without_a_graph_break_to_the_same_numbers(info: MethodInfo) ->
     def once(compiled: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
-        convert(model, layer_config(info))
+        convert(model, layer_options(info))
         call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         x = torch.randn(4, 3, 6, 6, requires_grad=True)
         out = call(x)
@@ -170,14 +164,14 @@ def test_the_default_dtype_changes_no_number(info: MethodInfo) -> None:
     def once(default: torch.dtype) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)).bfloat16()
-        states = convert(model, layer_config(info)).states.values()
+        states = convert(model, layer_options(info)).states.values()
         x = torch.randn(4, 3, 6, 6).bfloat16().requires_grad_()
         torch.set_default_dtype(default)
         try:
             for _ in range(2):
                 out = model(x)
                 out.square().sum().backward()
-                advance([memory for state in states for memory in state.memories.values()], torch.device("cpu"))
+                advance([history for state in states for history in state.histories.values()], torch.device("cpu"))
         finally:
             torch.set_default_dtype(torch.float32)
         return [out.detach(), x.grad, *(p.grad for p in model.parameters())]
@@ -189,7 +183,7 @@ def test_the_default_dtype_changes_no_number(info: MethodInfo) -> None:
 @every_method
 def test_bytes_kept_for_backward_are_counted_truly(info: MethodInfo) -> None:
     layer = nn.Sequential(nn.Linear(64, 64))
-    conversion = convert(layer, layer_config(info))
+    conversion = convert(layer, layer_options(info))
     (state,) = conversion.states.values()
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1], lambda t: t):
@@ -231,7 +225,7 @@ def test_one_broken_element_of_a_gradient_is_found(info: MethodInfo) -> None:
 def test_a_broken_element_of_an_input_or_gradient_stays_visible(info: MethodInfo) -> None:
     for bad in (math.nan, math.inf):
         layer = nn.Linear(8, 8)
-        convert(nn.Sequential(layer), layer_config(info))
+        convert(nn.Sequential(layer), layer_options(info))
         x = torch.randn(4, 8)
         layer(x).sum().backward()  # what is predicted has been seen once
         x[1, 1] = bad
@@ -291,7 +285,7 @@ def test_the_command_line_and_yaml_take_it(info: MethodInfo, tmp_path: Path, mon
 
     monkeypatch.setattr("sys.argv", ["app.py"])
     quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
-    arguments = "".join(f"\n        {key}: {value}" for key, value in OPTIONS.get(info.name, {}).items())
+    arguments = "".join(f"\n        {key}: {value}" for key, value in info.options.items())
     plugins = f"plugins:\n    - class_path: lightning_eff.precision.{info.class_name}\n      init_args:{arguments}\n"
     for text in (f"trainer:\n  precision: {info.name}\n", f"trainer:\n  {plugins}        exempt_first_last: false\n"):
         (tmp_path / "config.yaml").write_text(text)
@@ -311,7 +305,7 @@ def test_wrong_options_are_named(info: MethodInfo) -> None:
 def _replicas(rank: int, world_size: int, name: str, folder: str) -> dict[str, Any]:
     from lightning.pytorch.callbacks import Callback
 
-    config.SLOW_FEATURES = 0
+    fp8.SLOW_FEATURES = 0
     path, seen = Path(folder) / "cut.ckpt", {}
 
     class Save(Callback):
@@ -321,8 +315,8 @@ def _replicas(rank: int, world_size: int, name: str, folder: str) -> dict[str, A
             seen["state"] = trainer.precision_plugin.state_dict()
 
     whole, continued = task(), task()
-    _fit(rank, whole, precision=name, max_epochs=2, callbacks=[Save()], accumulate_grad_batches=2)
-    _fit(rank, continued, precision=name, max_epochs=2, seed=4, resume=str(path), accumulate_grad_batches=2)
+    fit_on_rank(rank, whole, precision=name, max_epochs=2, callbacks=[Save()], accumulate_grad_batches=2)
+    fit_on_rank(rank, continued, precision=name, max_epochs=2, seed=4, resume=str(path), accumulate_grad_batches=2)
     return {"whole": parameters_of(whole), "continued": parameters_of(continued), "state": seen["state"]}
 
 

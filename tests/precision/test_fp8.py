@@ -15,24 +15,17 @@ from lightning_eff.errors import ConfigurationError, NonFiniteGradientError
 from lightning_eff.functional import fp8_quantize
 from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2
 from lightning_eff.precision import FP8Precision
-from lightning_eff.precision.formats.config import FP8Config
+from lightning_eff.precision.formats.fp8 import FP8Options
 from lightning_eff.precision.layers.convert import convert
+from tests.precision.closeness import close
 from tests.precision.models import parameters_of, task, trainer
 
-CONFIG = FP8Config(exempt_first_last=False, filter_slow=False)
-BF16 = 2.0**-8
-"""Relative rounding of a sum to bfloat16, the one rounding beside the casts."""
+CONFIG = FP8Options(exempt_first_last=False, filter_slow=False)
 
 
 @pytest.fixture(autouse=True)
 def _small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_eff.precision.formats.config.SLOW_FEATURES", 0)
-
-
-def close(ours: torch.Tensor | None, theirs: torch.Tensor, terms: int) -> None:
-    """Equal up to the rounding of the sum to bfloat16 and of its float32 accumulation, relative to its terms."""
-    assert ours is not None
-    assert ((ours - theirs).abs() <= BF16 * theirs.abs() + 1e-6 * terms * theirs.abs().max()).all()
+    monkeypatch.setattr("lightning_eff.precision.formats.fp8.SLOW_FEATURES", 0)
 
 
 def test_linear_products_are_those_of_the_cast_operands(seed: int) -> None:

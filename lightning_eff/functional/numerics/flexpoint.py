@@ -189,7 +189,7 @@ def flex_quantize(
 
 
 def autoflex_round(max_abs: float, scale: float, *, bits: int = 16) -> tuple[float, bool]:
-    """One round of the initialisation: the next scale, and whether it is final.
+    """Do one round of the initialisation: return the next scale, and whether it is final.
 
     Args:
         max_abs: largest magnitude of the tensor.
@@ -208,7 +208,7 @@ def autoflex_round(max_abs: float, scale: float, *, bits: int = 16) -> tuple[flo
 
 
 def autoflex_init(max_abs: float, *, bits: int = 16) -> float:
-    """Scale of a tensor that has no history, found in a few rounds of trying one.
+    """Find the scale of a tensor that has no history in a few rounds of trying one.
 
     The rounds depend on the tensor through its maximum alone, so that one pass over it is enough.
 
@@ -240,7 +240,7 @@ def autoflex_init(max_abs: float, *, bits: int = 16) -> float:
 
 
 def predicted_max(history: Sequence[float], scale: float, *, alpha: float, beta: float, gamma: float) -> float:
-    """Chi, the largest magnitude to expect of the next write: ``alpha * (max + beta * std + gamma * scale)``.
+    """Return chi, the largest magnitude to expect of the next write: ``alpha * (max + beta * std + gamma * scale)``.
 
     Args:
         history: f, the largest magnitudes of the writes before; at least one.
@@ -351,7 +351,7 @@ class Autoflex:
         return overflow
 
     def state_dict(self) -> dict[str, Any]:
-        """Scale, history and counters as plain numbers; what :meth:`load_state_dict` continues from exactly."""
+        """Return scale, history and counters as plain numbers; :meth:`load_state_dict` continues from them exactly."""
         return {
             "scale": self.scale,
             "history": list(self.history),

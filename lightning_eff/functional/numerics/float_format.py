@@ -141,7 +141,7 @@ class FloatFormat:
         return torch.cat([-half[1:].flip(0), half])
 
     def scaled(self, octaves: int) -> FloatFormat:
-        """The format whose values are 2^octaves times these, as far as float32 allows; special codes are kept.
+        """Return the format whose values are 2^octaves times these, as far as float32 allows; special codes are kept.
 
         Example:
             >>> FloatFormat(3, 2).max, FloatFormat(3, 2).scaled(-4).max
@@ -282,7 +282,7 @@ def encode(
 
 
 def unencodable(fmt: FloatFormat) -> ConfigurationError:
-    """The error for a NaN or Inf that ``fmt`` has no code for."""
+    """Return the error for a NaN or Inf that ``fmt`` has no code for."""
     return ConfigurationError(
         f"The tensor holds NaN or Inf and E{fmt.exponent_bits}M{fmt.mantissa_bits} with special='none' has no code for "
         f"it; use special='fn', or infinity='saturate' if only Inf is expected."

@@ -99,7 +99,7 @@ def fp8_codes(
 
 
 def largest_along(x: Tensor, dim: int | None = None) -> Tensor:
-    """Largest magnitude of ``x`` (0-d), or of each slice along ``dim`` (which stays, with size 1); 0 where empty."""
+    """Return the largest magnitude of ``x`` (0-d), or of each slice along ``dim`` (kept, of size 1); 0 if empty."""
     if dim is None:
         return x.abs().max() if x.numel() else x.new_zeros(())
     return x.abs().amax(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
@@ -156,7 +156,7 @@ class DelayedScale:
             self.max_abs = max(self._seen) * 2.0**self.margin or self.max_abs
 
     def state_dict(self) -> dict[str, Any]:
-        """The history and the estimate."""
+        """Return the history and the estimate."""
         return {"history": list(self._seen), "max_abs": self.max_abs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

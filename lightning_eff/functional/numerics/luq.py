@@ -164,7 +164,7 @@ def luq_quantize(
 
 
 def smp_quantize(x: Tensor, *, samples: int, levels: int = 7, seed: int | None = None) -> Tensor:
-    """SMP-N: the mean of N independent LUQ samples; same mean, 1/N of the variance.
+    """Return the mean of N independent LUQ samples (SMP-N); same mean, 1/N of the variance.
 
     The paper uses it for the weight gradient alone (section 4.2), N = 2.
 
@@ -207,7 +207,7 @@ class HindsightMax:
             self.value = observed if first else (1 - self.momentum) * observed + self.momentum * self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """The estimate, NaN before the first step."""
+        """Return the estimate, NaN before the first step."""
         return {"value": self.value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -216,7 +216,7 @@ class HindsightMax:
 
 
 def fnt_learning_rate(step: int, *, total: int, start: float, base: float) -> float:
-    """Triangular learning rate of the fine-tuning phase: up from ``start`` to ``base``, then down to zero.
+    """Return the triangular learning rate of fine-tuning: up from ``start`` to ``base``, then down to zero.
 
     Args:
         step: 0..total.

@@ -34,7 +34,7 @@ def top_curvature(
     seed: int = 0,
     tolerance: float = 1e-3,
 ) -> float:
-    """Largest eigenvalue of the Hessian by power iteration, without a second backward pass.
+    """Return the largest eigenvalue of the Hessian by power iteration, without a second backward pass.
 
     A product of the Hessian with a unit vector u is the central difference [g(w + h u) - g(w - h u)] / (2 h) with
     h = eps^(1/3) |w| (eps of the dtype; |w| = 1 if all weights are 0): rounding and truncation are then of like order,

@@ -80,7 +80,7 @@ def spike_coefficients(momentum: float, delay: float) -> tuple[float, float]:
 
 
 def geometric_horizon(momentum: float, delay: float) -> float:
-    """The sum m + m^2 + .. + m^D: the horizon at which LWP without SC equals SC_D.
+    """Return m + m^2 + .. + m^D, the horizon at which LWP without SC equals SC_D.
 
     Then the weights it predicts are those of SC_D. It is how far momentum alone carries the weights in D updates
     without a gradient, in units of lr v: less than D.
@@ -180,7 +180,7 @@ def extrapolate_weights_(weights: Sequence[Tensor], previous: Sequence[Tensor], 
 def sgd_update(
     weight: Tensor, velocity: Tensor, grad: Tensor, *, lr: float, momentum: float, a: float = 1.0, b: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """One update with (generalised) spike compensation: v' = m v + g, w' = w - lr (a v' + b g).
+    """Do one update with (generalised) spike compensation: v' = m v + g, w' = w - lr (a v' + b g).
 
     With (a, b) = (1, 0) it is ``torch.optim.SGD(momentum=m)`` to the last bit.
 
@@ -230,7 +230,7 @@ def add_spikes_(weights: Sequence[Tensor], grads: Sequence[Tensor], *, lr: float
 
 
 def shrink_factor(delay: int, gamma: float) -> float:
-    """Gradient shrinking: gamma^D, the factor for a gradient that is D updates late (from memory, unverified).
+    """Return gamma^D, the factor for a gradient that is D updates late: gradient shrinking (from memory, unverified).
 
     Raises:
         ConfigurationError: ``gamma`` is not from 0 to 1, or ``delay`` is negative.

@@ -44,7 +44,7 @@ class Operation(NamedTuple):
 
 
 def stage_delay(stage: int, stages: int, *, in_flight: int = FINE_GRAINED) -> int:
-    """D_s, the updates of a stage between the forward and the backward pass of one sample: k (S - 1 - s).
+    """Return D_s, the updates of a stage between forward and backward pass of one sample: k (S - 1 - s).
 
     The stage keeps the activations of D_s + 1 samples. Sample i sees min(i, D_s): the pipeline is filling.
 
@@ -69,7 +69,7 @@ def stage_delay(stage: int, stages: int, *, in_flight: int = FINE_GRAINED) -> in
 
 
 def utilisation(samples: int, stages: int, *, fine_grained: bool = True) -> float:
-    """Share of the time the stages work when the pipeline is filled and drained once for N samples.
+    """Return the share of the time the stages work when the pipeline is filled and drained once for N samples.
 
         fine-grained: N / (N + 2 S - 2)        one after the other: N / (N + S - 1)
 
@@ -93,7 +93,7 @@ def utilisation(samples: int, stages: int, *, fine_grained: bool = True) -> floa
 
 
 def flush_bubble(stages: int, micro_batches: int) -> float:
-    """Bubble fraction of GPipe and 1F1B with flush, (S - 1) / (M + S - 1): what pipelined backpropagation saves.
+    """Return the bubble fraction of GPipe and 1F1B with flush, (S - 1) / (M + S - 1).
 
     Raises:
         ConfigurationError: an argument is below 1.
@@ -107,7 +107,7 @@ def flush_bubble(stages: int, micro_batches: int) -> float:
 
 
 def pipeline_schedule(samples: int, stages: int, *, in_flight: int = FINE_GRAINED) -> list[list[Operation]]:
-    """For every stage its operations in order, with weight version and time step.
+    """Return for every stage its operations in order, with weight version and time step.
 
     The order follows from the delay alone: sample i goes forward when the stage has done max(0, i - D_s) updates, and
     backward when it has done i. An operation runs at the earliest step that its stage and its neighbour allow; what a

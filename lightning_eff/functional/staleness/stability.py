@@ -65,7 +65,7 @@ class Dynamics(NamedTuple):
     driven: tuple[float, ...]
 
     def coefficients(self, x: Tensor | float) -> Tensor:
-        """The coefficients of p for every x; float64, (...) -> (..., degree + 1)."""
+        """Return the coefficients of p for every x; float64, (...) -> (..., degree + 1)."""
         free = torch.tensor([*self.free, 0.0], dtype=torch.float64, device="cpu")
         free[1:] -= torch.tensor(self.free, dtype=torch.float64, device="cpu")  # times z, less itself
         driven = torch.zeros_like(free)
@@ -91,7 +91,7 @@ class Optimum(NamedTuple):
 def momentum_dynamics(
     delay: int, momentum: float, *, a: float = 1.0, b: float = 0.0, horizon: float = 0.0, by_weights: bool = False
 ) -> Dynamics:
-    """Momentum with spike compensation (a, b) and weight prediction over ``horizon``, LWP^w if ``by_weights``.
+    """Return p of momentum with spike compensation (a, b) and weight prediction (LWP^w if ``by_weights``).
 
     Example:
         >>> momentum_dynamics(1, 0.5)
@@ -107,7 +107,7 @@ def momentum_dynamics(
 
 
 def shifted_dynamics(delay: int, momentum: float) -> Dynamics:
-    """Shifted momentum: p(z) = z^(D+2) - z^(D+1) + (x - m) z + m; D = 0 is ordinary momentum.
+    """Return p of shifted momentum: z^(D+2) - z^(D+1) + (x - m) z + m; D = 0 is ordinary momentum.
 
     Example:
         >>> shifted_dynamics(1, 0.5)
@@ -144,7 +144,7 @@ def dynamics(delay: int, momentum: float, mitigation: MitigationName = "none") -
 
 
 def largest_roots(coefficients: Tensor) -> Tensor:
-    """Modulus of the largest root of every polynomial, from its companion matrix: (..., n + 1) -> (...).
+    """Return the modulus of every polynomial's largest root, from its companion matrix: (..., n + 1) -> (...).
 
     Args:
         coefficients: from the highest power, which is not 0, down; real.
@@ -158,7 +158,7 @@ def largest_roots(coefficients: Tensor) -> Tensor:
 
 
 def largest_root(coefficients: Sequence[float] | Tensor) -> float:
-    """Modulus of the largest root of one polynomial, coefficients from the highest power down.
+    """Return the modulus of the largest root of one polynomial, coefficients from the highest power down.
 
     Raises:
         ConfigurationError: the polynomial has no root.
@@ -176,7 +176,7 @@ def largest_root(coefficients: Sequence[float] | Tensor) -> float:
 
 
 def half_life(r: float) -> float:
-    """Updates in which an error that is multiplied by r in each halves; inf if it does not shrink.
+    """Return in how many updates an error that is multiplied by r in each halves; inf if it does not shrink.
 
     Example:
         >>> half_life(0.5), half_life(1.0)
@@ -188,7 +188,7 @@ def half_life(r: float) -> float:
 
 
 def max_stable_lr(curvature: float, delay: int, momentum: float, *, mitigation: MitigationName = "none") -> float:
-    """The learning rate below which a minimum with this largest curvature is stable.
+    """Return the learning rate below which a minimum with this largest curvature is stable.
 
     Args:
         curvature: largest eigenvalue of the Hessian, weight decay included; above 0. It is found by
@@ -256,7 +256,7 @@ def _polynomial(coefficients: tuple[float, ...], angles: Tensor) -> Tensor:
 
 
 def scaled_lr(lr: float, delay_from: int, delay_to: int, momentum: float, *, kind: MitigationName = "none") -> float:
-    """The learning rate that keeps the same minima stable with another delay (arXiv:1909.12340).
+    """Return the learning rate that keeps the same minima stable with another delay (arXiv:1909.12340).
 
     It is scaled as the limit is: for long delays by ``delay_from / delay_to``. The rule keeps the ratio to the limit;
     it does not promise that training from a random start converges, and assumes the same batch size.
@@ -280,7 +280,7 @@ def scaled_lr(lr: float, delay_from: int, delay_to: int, momentum: float, *, kin
 
 
 def best_half_life(condition_number: float, delay: int, method: MitigationName = "none") -> Optimum:
-    """Best (lr, momentum) for a quadratic with curvatures from 1 / ``condition_number`` to 1, and what it gives.
+    """Return the best (lr, momentum) for curvatures from 1 / ``condition_number`` to 1, and what it gives.
 
     A search over a grid, twice refined around its best momentum: good to about 3 %, in seconds for delays up to 16.
 

@@ -20,12 +20,12 @@ Left = tuple[list[Any], dict[int, tuple[Tensor, dict[str, Tensor]]]]
 
 
 def versions(optimizers: Iterable[Optimizer]) -> dict[int, int]:
-    """How often each parameter has been written to; another number later means that somebody else has."""
+    """Return how often each parameter has been written to; another number later means that somebody else has."""
     return {id(p): p._version for p in _parameters(optimizers)}
 
 
 def left_by(optimizers: Sequence[Optimizer], unchanged: Mapping[int, int]) -> Left:
-    """What the optimizers keep for the parameters whose version is still that in ``unchanged``."""
+    """Return what the optimizers keep for the parameters whose version is still that in ``unchanged``."""
     ours = [optimizer for optimizer in optimizers if isinstance(optimizer, ShadowedOptimizer)]
     kept = {}
     for optimizer in ours:

@@ -13,7 +13,7 @@ from lightning_eff.functional.random import GOLDEN64, mix64
 
 
 def stream_of(name: str) -> int:
-    """The number of the random stream of the parameter called ``name``: the same in every process."""
+    """Return the number of the random stream of the parameter called ``name``: the same in every process."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1  # fits int64
 
 
@@ -36,7 +36,7 @@ class Streams(dict[Tensor, int]):
                     self[p] = stream_of(name)
 
     def of(self, every: Sequence[Tensor]) -> list[int]:
-        """The numbers of all parameters; whoever has none gets its place, or the next number that is free."""
+        """Return the numbers of all parameters; whoever has none gets its place, or the next number that is free."""
         taken = set(self.values())
         for place, p in enumerate(every):
             if p not in self:

@@ -88,7 +88,7 @@ class Room:
         self.free = scratch("shadows", size, torch.float32) if size else None
 
     def take(self, like: Tensor) -> Tensor:
-        """An uninitialised, contiguous float32 tensor of the shape and on the device of ``like``."""
+        """Return an uninitialised, contiguous float32 tensor of the shape and on the device of ``like``."""
         if self.free is None or like.device.type != "cpu":
             return empty_shadow(like)
         piece, self.free = self.free[: like.numel()], self.free[_aligned(like.numel()) :]
@@ -96,12 +96,12 @@ class Room:
 
 
 def empty_shadow(like: Tensor) -> Tensor:
-    """An uninitialised, contiguous float32 tensor of its own, of the shape and on the device of ``like``."""
+    """Return an uninitialised, contiguous float32 tensor of its own, of the shape and on the device of ``like``."""
     return torch.empty(like.shape, dtype=torch.float32, device=like.device)
 
 
 def widened(grad: Tensor | None, room: Room) -> Tensor | None:
-    """``grad`` in float32; a sparse one stays sparse and takes no room."""
+    """Return ``grad`` in float32; a sparse one stays sparse and takes no room."""
     if grad is None or grad.layout is not torch.strided:
         return None if grad is None else grad.to(torch.float32)
     return room.take(grad).copy_(grad)

@@ -196,7 +196,7 @@ class ShadowedOptimizer(Optimizer):
         self.bf16_streams.name(self.param_groups, names)
 
     def unidentified(self) -> list[Tensor]:
-        """The parameters that have neither name nor place yet."""
+        """Return the parameters that have neither name nor place yet."""
         return [p for p in self._every() if p not in self.bf16_streams]
 
     def _seeds(self) -> dict[Tensor, int]:
@@ -213,7 +213,7 @@ class ShadowedOptimizer(Optimizer):
     # ------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, with what is kept for each parameter, the update, the seed, the steps and streams."""
+        """Return the optimizer's state, with what is kept for each parameter, update, seed, steps and streams."""
         streams = {"streams": self.bf16_streams.of(self._every())} if self.update == "sr" else {}
         return {**super().state_dict(), SCALARS: self.bf16_numbers | streams}
 

@@ -46,6 +46,7 @@ class Compensation:
             dropped: micro-batches dropped so far, all ranks together.
             per_step: micro-batches of a full step, all ranks together: N M.
         """
+        # One step of N M micro-batches for every N M that were dropped in this run.
         wanted = self._added_before + (dropped - self._made_good) // per_step
         add_steps(trainer, wanted - self._added)
         self._added = wanted

@@ -9,7 +9,7 @@ import torch
 
 from lightning_eff.functional.staleness.directions import adam_direction, nadam_direction
 from lightning_eff.functional.staleness.mitigation import predict_weight
-from tests.functional.staleness.test_mitigation import nonlinear
+from tests.functional.staleness.losses import nonlinear
 
 BETAS = pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)])
 

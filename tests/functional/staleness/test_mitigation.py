@@ -25,6 +25,7 @@ from lightning_eff.functional.staleness.mitigation import (
     spectrain_horizons,
     spike_coefficients,
 )
+from tests.functional.staleness.losses import nonlinear
 
 # w_1 .. w_8 of w_0 = 1, loss w^2 / 2, lr 0.1, m 0.9, D = 2: (spike, prediction) -> weights
 GOLDEN = {
@@ -59,10 +60,6 @@ class Run:
         self.weight, self.velocity = sgd_update(self.weight, self.velocity, grad, **self.settings)
         self.previous = before
         return self.weight
-
-
-def nonlinear(weight: Tensor) -> Tensor:
-    return torch.tanh(3 * weight) + 0.1 * weight**3
 
 
 @pytest.mark.parametrize(("spike", "prediction"), GOLDEN)

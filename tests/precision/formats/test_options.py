@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_eff.errors import ConfigurationError
-from lightning_eff.precision.formats.config import LUQConfig
+from lightning_eff.precision.formats.luq import LUQOptions
 from tests.precision.models import converted
 
 BAD: list[tuple[str, Any]] = [
@@ -44,17 +44,17 @@ GOOD: list[dict[str, Any]] = [
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=rf"^{name}="):
-        LUQConfig(**{name: value})
+        LUQOptions(**{name: value})
 
 
 def test_the_error_suggests() -> None:
     with pytest.raises(ConfigurationError, match=r"Did you mean 'native'"):
-        LUQConfig(products="natve")  # type: ignore[arg-type]
+        LUQOptions(products="natve")  # type: ignore[arg-type]
 
 
 def test_levels_beyond_int8_are_not_native() -> None:
     with pytest.raises(ConfigurationError, match="levels=8"):
-        LUQConfig(levels=8, products="native")
+        LUQOptions(levels=8, products="native")
 
 
 @pytest.mark.parametrize("options", GOOD, ids=str)

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_eff.errors import NonFiniteGradientError
 from lightning_eff.methods import METHODS
-from lightning_eff.precision.formats import config
-from lightning_eff.precision.layers.sharded import broken_names
+from lightning_eff.precision.formats import fp8
+from lightning_eff.precision.gradients import broken_names
 from lightning_eff.precision.plugin import QuantizedPrecisionMixin
 from tests.precision.models import loader, parameters_of, task, trainer
 
@@ -31,7 +31,7 @@ def test_one_element_stops_the_step(
             self.before = parameters_of(self)
             self.get_parameter(name).grad.view(-1)[place] = value
 
-    monkeypatch.setattr(config, "SLOW_FEATURES", 0)
+    monkeypatch.setattr(fp8, "SLOW_FEATURES", 0)
     model = task(on_after_backward=on_after_backward)
     with pytest.raises(NonFiniteGradientError, match=f"optimizer step 1 .* in 1 of 8 parameters: {name}"):
         trainer(precision=precision, limit_train_batches=4).fit(model, loader())

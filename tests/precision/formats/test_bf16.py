@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_eff.functional import bf16_round
-from lightning_eff.precision.formats.config import BF16EmulatedConfig
+from lightning_eff.precision.formats.bf16 import BF16EmulatedOptions
 from lightning_eff.precision.layers.convert import convert
 from tests.precision.models import task, trainer
 
@@ -18,7 +18,7 @@ BF16 = 2.0**-8
 
 def test_products_are_those_of_the_rounded_operands(seed: int) -> None:
     layer, x = nn.Linear(48, 32), torch.randn(20, 48, requires_grad=True)
-    convert(nn.Sequential(layer), BF16EmulatedConfig())
+    convert(nn.Sequential(layer), BF16EmulatedOptions())
     y, grad = layer(x), torch.randn(20, 32)
     y.backward(grad)
     xq, wq, gq = (t.detach().bfloat16().double() for t in (x, layer.weight, grad))
@@ -53,7 +53,7 @@ def test_the_optimizer_reads_the_float32_sum_of_a_weight_gradient(name: str, see
     y = torch.func.functional_call(layer, {"weight": weight, "bias": layer.bias.double()}, (bf16_round(x).double(),))
     grad = torch.randn(y.shape)
     y.backward(bf16_round(grad).double())
-    convert(nn.Sequential(layer), BF16EmulatedConfig())
+    convert(nn.Sequential(layer), BF16EmulatedOptions())
     layer(x).backward(grad)
     assert layer.weight.grad is not None
     assert weight.grad is not None
@@ -68,7 +68,7 @@ def test_inputs_that_are_bfloat16_numbers_give_exact_products() -> None:
         layer.weight.copy_(torch.randint(-2, 3, layer.weight.shape))
     plain = layer(x)
     expected = torch.autograd.grad(plain.sum(), [x, layer.weight])
-    convert(nn.Sequential(layer), BF16EmulatedConfig())
+    convert(nn.Sequential(layer), BF16EmulatedOptions())
     y = layer(x)
     assert torch.equal(y, plain)
     for ours, theirs in zip(torch.autograd.grad(y.sum(), [x, layer.weight]), expected, strict=True):

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.precision.formats.config import FlexpointConfig, FP8Config, LayerConfig, LUQConfig
+from lightning_eff.precision.formats.base import LayerOptions
+from lightning_eff.precision.formats.fp8 import FP8Options
 from lightning_eff.precision.formats.history import advance
+from lightning_eff.precision.formats.luq import LUQOptions
+from lightning_eff.precision.formats.shared_exponent import FlexpointOptions
 from lightning_eff.precision.layers.convert import Conversion, convert
 from lightning_eff.precision.layers.state import RecentInputs
 
-CONFIG = LUQConfig(exempt_first_last=False)
+CONFIG = LUQOptions(exempt_first_last=False)
 
 
 class Branches(nn.Module):
@@ -100,23 +103,23 @@ def test_inputs_are_not_kept_alive() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        FP8Config(scaling="delayed", exempt_first_last=False, filter_slow=False),
-        FlexpointConfig(),
+        FP8Options(scaling="delayed", exempt_first_last=False, filter_slow=False),
+        FlexpointOptions(),
     ],
     ids=["fp8-delayed", "flexpoint16"],
 )
-def test_one_tensor_has_one_prediction(options: LayerConfig) -> None:
-    """Layers that read one input share the memory its scale comes from, so that each can encode it alone as well."""
+def test_one_tensor_has_one_prediction(options: LayerOptions) -> None:
+    """Layers that read one input share the history its scale comes from, so that each can encode it alone as well."""
     torch.manual_seed(0)
     model = Branches()
     states = convert(model, options).states
-    memories = [memory for state in states.values() for memory in state.memories.values()]
+    histories = [history for state in states.values() for history in state.histories.values()]
     for factor in (1.0, 2.0, 4.0):
         model(torch.randn(6, 16) * factor).sum().backward()
-        memories = [memory for state in states.values() for memory in state.memories.values()]
-        advance(memories, torch.device("cpu"))
-    first, *others = (state.memories["input"] for state in states.values())
-    assert all(memory is first for memory in others)
+        histories = [history for state in states.values() for history in state.histories.values()]
+        advance(histories, torch.device("cpu"))
+    first, *others = (state.histories["input"] for state in states.values())
+    assert all(history is first for history in others)
     assert len(first.estimate.state_dict()["history"]) == 3, "observed once a step, however many layers read it"
     x = torch.randn(6, 16) * 4
     alone = [state.encode_input(x, lambda t: t, save=False)[0].scale.item() for state in states.values()]
