@@ -28,7 +28,7 @@ def of_method(method: str, figures: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def is_logged(trainer: Any, step: int) -> bool:
-    """Whether the Trainer logs after ``step`` optimizer steps; with ``log_every_n_steps=0`` or barebones it never does.
+    """Return whether the Trainer logs after ``step`` steps; with ``log_every_n_steps=0`` or barebones it never does.
 
     Args:
         trainer: Lightning's.

@@ -45,7 +45,7 @@ def _state_and_start(number: int) -> tuple[str, str]:
 
 
 class EndWithParent:
-    """A ``worker_init_fn`` that lets a loader worker end soon after its rank.
+    """Lets a loader worker end soon after its rank, as a ``worker_init_fn``.
 
     A forked worker holds copies of its rank's connections: as long as it lives, the other ranks do not learn that the
     rank was killed. torch's own workers look for it every 5 seconds.
@@ -58,7 +58,7 @@ class EndWithParent:
         self.then = then
 
     def __call__(self, worker: int) -> None:
-        """Watch, then do what was to be done."""
+        """Watch the rank from a thread, then call the ``worker_init_fn`` that was there."""
         threading.Thread(target=_end_with, args=(os.getppid(),), name="rank-watch", daemon=True).start()
         if self.then is not None:
             self.then(worker)

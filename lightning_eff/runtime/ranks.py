@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_eff.errors import EffError
 
 __all__ = [
-    "BROADCAST_BYTES",
+    "broadcast_tensors",
     "broadcast_weights",
     "find_on_rank_0",
     "gather_on_rank_0",
@@ -24,7 +24,7 @@ __all__ = [
     "world_size",
 ]
 
-BROADCAST_BYTES = 250 << 20
+_BROADCAST_BYTES = 250 << 20
 """Tensors that are broadcast together; the size DistributedDataParallel uses."""
 T = TypeVar("T")
 
@@ -57,7 +57,19 @@ def broadcast_weights(model: nn.Module) -> None:
     from torch.distributed.utils import _sync_module_states
 
     group: Any = dist.group.WORLD
-    _sync_module_states(model, group, BROADCAST_BYTES, src=0, params_and_buffers_to_ignore=[])
+    _sync_module_states(model, group, _BROADCAST_BYTES, src=0, params_and_buffers_to_ignore=[])
+
+
+def broadcast_tensors(tensors: Sequence[Tensor], *, source: int = 0) -> None:
+    """Give every rank the values that tensors have on one rank, many of them in one message.
+
+    Args:
+        tensors: without a graph; overwritten in place.
+        source: rank whose values they become.
+    """
+    if tensors:
+        group = dist.distributed_c10d._get_default_group()
+        dist._broadcast_coalesced(group, list(tensors), _BROADCAST_BYTES, source)
 
 
 def find_on_rank_0(find: Callable[[], T], *, within: AbstractContextManager[None] | None = None) -> T:

@@ -10,7 +10,7 @@ __all__ = ["SeedStream"]
 
 
 class SeedStream:
-    """Seeds of the gradient rounding: a counter hashed with the run's seed, so that two integers resume it exactly.
+    """Gives the seeds of the gradient rounding: a counter hashed with the run's seed; two integers resume it exactly.
 
     It starts from ``torch.initial_seed()`` at first use, without drawing: the user's dropout masks and shuffles are
     those of the run without the method.
@@ -21,7 +21,7 @@ class SeedStream:
         self.calls = 0
 
     def next(self, *, same_on_ranks: bool = False) -> int:
-        """The next 64-bit seed (splitmix64 of the counter), different on every rank unless asked for."""
+        """Return the next 64-bit seed (splitmix64 of the counter), another on every rank unless asked for."""
         if self.seed is None:
             self.seed = torch.initial_seed() & MASK64
         self.calls += 1

@@ -23,7 +23,7 @@ class Compensation:
         self._made_good = 0  # micro-batches that earlier runs have made up for
         self._longer = 0  # what max_steps was afterwards: another value is somebody else's
 
-    def go_on(self, trainer: Any, dropped: int) -> None:
+    def begin_run(self, trainer: Any, dropped: int) -> None:
         """Begin a run in which ``dropped`` micro-batches have been made up for."""
         if trainer is not self._trainer or trainer.max_steps != self._longer:
             self._added = 0
@@ -46,6 +46,7 @@ class Compensation:
             dropped: micro-batches dropped so far, all ranks together.
             per_step: micro-batches of a full step, all ranks together: N M.
         """
+        # One step of N M micro-batches for every N M that were dropped in this run.
         wanted = self._added_before + (dropped - self._made_good) // per_step
         add_steps(trainer, wanted - self._added)
         self._added = wanted

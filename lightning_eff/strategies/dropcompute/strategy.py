@@ -29,7 +29,7 @@ from lightning_eff.runtime.figures import console, is_logged, log_figures
 from lightning_eff.runtime.finite import FIND_OPERATION, stop_if_broken
 from lightning_eff.runtime.gradient_sum import GradientSum
 from lightning_eff.runtime.patches import Undo
-from lightning_eff.runtime.ranks import BROADCAST_BYTES, broadcast_weights
+from lightning_eff.runtime.ranks import broadcast_tensors, broadcast_weights
 from lightning_eff.strategies.dropcompute import compatibility
 from lightning_eff.strategies.dropcompute.clock import Clock, HeldClock
 from lightning_eff.strategies.dropcompute.compensation import Compensation
@@ -166,7 +166,7 @@ class DropComputeMixin(HeldClock, NoCollectives, StepGuard, RankFaults):
             self._tallies.forget()
             self._steps = 0
         self._trained = (trainer, trainer.lightning_module)
-        self._compensation.go_on(trainer, self._tallies.total.dropped)
+        self._compensation.begin_run(trainer, self._tallies.total.dropped)
         self._begin(self._steps)
         self._undo += [
             look_for_sigterm_once_per_window(trainer),
@@ -301,7 +301,7 @@ class DropComputeMixin(HeldClock, NoCollectives, StepGuard, RankFaults):
         model: Any = self.lightning_module
         if buffers := [buffer.detach() for buffer in model.buffers()]:
             with self.naming_lost_ranks(f"the end of optimizer step {self._steps}"):
-                dist._broadcast_coalesced(dist.distributed_c10d._get_default_group(), buffers, BROADCAST_BYTES, 0)
+                broadcast_tensors(buffers)
 
     def _lengthen(self) -> None:
         """Add steps to ``max_steps`` for what has been dropped, if asked for."""

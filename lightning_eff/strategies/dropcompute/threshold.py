@@ -25,7 +25,7 @@ __all__ = ["MeasuredSteps", "SearchOptions", "ThresholdSearch"]
 
 
 class SearchOptions(Protocol):
-    """The options of the strategy that say how its threshold is found."""
+    """Has the options of the strategy that say how its threshold is found."""
 
     threshold: Literal["auto"] | float
     warmup_steps: int

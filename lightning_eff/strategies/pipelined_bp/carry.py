@@ -16,7 +16,7 @@ __all__ = ["Carry", "Form", "run_layers"]
 
 
 class Carry(NamedTuple):
-    """What enters a layer.
+    """Holds what enters a layer.
 
     Attributes:
         x: its first argument.

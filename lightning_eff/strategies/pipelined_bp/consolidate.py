@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from lightning_eff.runtime.ranks import BROADCAST_BYTES, gather_on_rank_0
+from lightning_eff.runtime.ranks import broadcast_tensors, gather_on_rank_0
 from lightning_eff.strategies.pipelined_bp.partition import Partition
 
 __all__ = ["Consolidation"]
@@ -57,11 +56,9 @@ class Consolidation:
     @torch.no_grad()
     def broadcast_weights(self) -> None:
         """Give every rank the weights and buffers of their owners."""
-        group = dist.distributed_c10d._get_default_group()
         for source, tensors in self._weights.items():
             buffers = [getattr(module, key) for module, key in self._buffers[source]]
-            if data := [t.detach() for t in (*tensors, *buffers)]:
-                dist._broadcast_coalesced(group, data, BROADCAST_BYTES, source)
+            broadcast_tensors([t.detach() for t in (*tensors, *buffers)], source=source)
 
     def gather_optimizer_state(self, ours: dict[str, Any]) -> dict[str, Any]:
         """Return the state of the whole optimizer on rank 0, from every rank's; elsewhere what it was.

@@ -34,7 +34,7 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True)
 class Mitigation:
-    """A parsed ``mitigation=``.
+    """Holds a parsed ``mitigation=``.
 
     Attributes:
         parts: what is joined.
@@ -57,7 +57,7 @@ class Mitigation:
         return "stash" in self.parts
 
     def without(self, *parts: str) -> Mitigation:
-        """Return the same without some parts."""
+        """Return the same mitigation without some parts."""
         return Mitigation(self.parts - set(parts) or frozenset({"none"}), self.horizon, self.gamma)
 
     def __str__(self) -> str:
@@ -88,8 +88,8 @@ def parse_mitigation(text: str, *, horizon: float | None, gamma: float, stash: b
     return Mitigation(found, 1.0 if horizon is None else horizon, gamma if "shrink" in parts else 1.0)
 
 
-def fitting(mitigation: Mitigation, optimizer: torch.optim.Optimizer) -> tuple[Mitigation, str]:
-    """Return what of the mitigation this optimizer can do, and a sentence about what it cannot ('' if it can do all).
+def adapt_to_optimizer(mitigation: Mitigation, optimizer: torch.optim.Optimizer) -> tuple[Mitigation, str]:
+    """Return what of the mitigation this optimizer can do, and a sentence on what it cannot ('' if it can do all).
 
     Raises:
         UnsupportedCombinationError: nothing sensible is left.

@@ -33,7 +33,7 @@ from lightning_eff.strategies.pipelined_bp.assembly import Assembly
 from lightning_eff.strategies.pipelined_bp.consolidate import Consolidation
 from lightning_eff.strategies.pipelined_bp.engine import Engine
 from lightning_eff.strategies.pipelined_bp.gradients import check_gradients
-from lightning_eff.strategies.pipelined_bp.mitigation import fitting, parse_mitigation
+from lightning_eff.strategies.pipelined_bp.mitigation import adapt_to_optimizer, parse_mitigation
 from lightning_eff.strategies.pipelined_bp.one_replica import OneReplica
 from lightning_eff.strategies.pipelined_bp.options import OPTIONS
 from lightning_eff.strategies.pipelined_bp.report import print_verdict
@@ -191,7 +191,7 @@ class PipelinedBPMixin(OneReplica, StepGuard, RankFaults):
         """Profile and cut the model with the first batch, and keep what is this rank's."""
         model: Any = self.lightning_module
         optimizer = self.optimizers[0]
-        mitigation, left_out = fitting(self.mitigation, optimizer)
+        mitigation, left_out = adapt_to_optimizer(self.mitigation, optimizer)
         assembly = Assembly(
             model=model,
             device=self.root_device,

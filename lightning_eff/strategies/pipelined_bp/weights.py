@@ -31,7 +31,7 @@ from lightning_eff.strategies.pipelined_bp.mitigation import Group, Mitigation, 
 
 
 class Prediction(NamedTuple):
-    """How weights are predicted, wherever their values lie.
+    """Says how weights are predicted, wherever their values lie.
 
     Attributes:
         parameters: whose weights they are.
@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
 
 @dataclass
 class Stage:
-    """One stage and what is remembered of its weights.
+    """Holds one stage and what is remembered of its weights.
 
     Attributes:
         index: s.
@@ -189,7 +189,7 @@ class Weights:
         return predictions
 
     def _predicted(self, stage: Stage, ahead: float) -> list[Tensor]:
-        """A copy of the weights, ``ahead`` updates from now."""
+        """Return a copy of the weights, ``ahead`` updates from now."""
         copies = [p.detach().clone() for p in stage.parameters]
         copy_of = {id(p): copy for p, copy in zip(stage.parameters, copies, strict=True)}
         for how in self.predictions_of(stage, ahead):
@@ -215,7 +215,7 @@ class Weights:
 
     @torch.no_grad()
     def skip_update(self) -> None:
-        """Count the update of a sample without a gradient (``training_step`` returned None): it changes nothing."""
+        """Pass over the update of the oldest sample, which has no gradient (``training_step`` returned None)."""
         self.keep_versions()
         for stage in self.stages:  # and no backward pass that is to see these
             while stage.stashed and stage.stashed[0][0] <= self.updates:
@@ -229,7 +229,7 @@ class Weights:
                 stage.versions[self.updates] = self._predicted(stage, self._ahead[stage.index][0])
 
     def _step(self, step: Callable[[], Any]) -> None:
-        """The user's optimizer, with what the mitigation adds, one parameter group for each group and stage."""
+        """Step the user's optimizer, with what the mitigation adds, one parameter group for each group and stage."""
         optimizer, compensates = self.optimizer, "sc" in self.mitigation.parts
         if not any(stage.delay for stage in self.stages) or not (compensates or self.mitigation.gamma != 1.0):
             step()

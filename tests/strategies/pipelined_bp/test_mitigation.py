@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
-from lightning_eff.strategies.pipelined_bp.mitigation import PARTS, fitting, velocity
+from lightning_eff.strategies.pipelined_bp.mitigation import PARTS, adapt_to_optimizer, velocity
 from tests.strategies.pipelined_bp.handmade import ADAM, RMS, SGD, optimizer, parsed
 
 
@@ -65,7 +65,7 @@ def test_what_is_no_mitigation_is_told(given: dict[str, Any], told: str) -> None
     ],
 )
 def test_an_optimizer_can_do_some_of_it(kind: Any, options: dict[str, Any], asked: str, left: str, said: str) -> None:
-    found, told = fitting(parsed(asked), optimizer(kind, **options))
+    found, told = adapt_to_optimizer(parsed(asked), optimizer(kind, **options))
     assert str(found) == left
     assert told == "" if not said else said in told
 
@@ -82,7 +82,7 @@ def test_an_optimizer_can_do_some_of_it(kind: Any, options: dict[str, Any], aske
 )
 def test_an_optimizer_that_cannot_is_refused(kind: Any, options: dict[str, Any], asked: str, told: str) -> None:
     with pytest.raises(UnsupportedCombinationError, match=told):
-        fitting(parsed(asked), optimizer(kind, **options))
+        adapt_to_optimizer(parsed(asked), optimizer(kind, **options))
 
 
 def _every_optimizer() -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -112,9 +112,9 @@ def test_the_velocity_is_what_a_step_subtracts_or_the_optimizer_is_refused(name:
     made = kind([weight], lr=0.01, **given)
     if kind.__name__ not in ("SGD", "Adam", "AdamW", "NAdam"):
         with pytest.raises(UnsupportedCombinationError, match=f"needs to know what {kind.__name__} will subtract"):
-            fitting(parsed("lwp"), made)
+            adapt_to_optimizer(parsed("lwp"), made)
         return
-    assert str(fitting(parsed("lwp"), made)[0]) == "lwp"
+    assert str(adapt_to_optimizer(parsed("lwp"), made)[0]) == "lwp"
     start, coupled = weight.detach().clone(), not (kind is ADAM or "decoupled_weight_decay" in given)
     for step in range(400 if kind is SGD else 7):
         decay = given.get("weight_decay", 0.0) if coupled else 0.0
@@ -131,4 +131,4 @@ def test_the_velocity_is_what_a_step_subtracts_or_the_optimizer_is_refused(name:
 
 def test_a_group_with_momentum_is_enough() -> None:
     groups = [{"params": [nn.Parameter(torch.ones(1))], "momentum": m} for m in (0.0, 0.9)]
-    assert fitting(parsed(), SGD(groups, lr=0.1)) == (parsed(), "")
+    assert adapt_to_optimizer(parsed(), SGD(groups, lr=0.1)) == (parsed(), "")

@@ -15,9 +15,9 @@ from tests.strategies.pipelined_bp.tied import Tied, profiled
 
 
 def cut_at(tied: Tied, stages: Any, positions: int = 1, costs: list[float] | None = None) -> Any:
-    stack, look = profiled(tied)
-    look.costs_s = costs or [1.0] * len(stack)
-    return partition_stack(tied, stack, look, stages=stages, positions=positions)
+    stack, profile = profiled(tied)
+    profile.costs_s = costs or [1.0] * len(stack)
+    return partition_stack(tied, stack, profile, stages=stages, positions=positions)
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,15 @@ from tests.strategies.pipelined_bp.tied import CPU, Tied, profiled
 
 
 def test_a_look_sees_what_runs_where() -> None:
-    stack, look = profiled(Tied())
-    assert look.before == {"pre.weight", "pre.bias"}
-    assert look.after == {"post.weight", "post.bias"}
-    assert "pre" in look.modules_before
-    assert not look.modules_before & {"post", "net.0", "idle"}
-    assert len(look.costs_s) == len(stack) == 4
-    assert min(look.costs_s) > 0
-    assert look.sizes == [[(torch.Size([3, W]), torch.float32, True)]] * 5
-    assert [form.template[0] for form in look.forms] == [look.forms[0].template[0]] * 5
+    stack, profile = profiled(Tied())
+    assert profile.before == {"pre.weight", "pre.bias"}
+    assert profile.after == {"post.weight", "post.bias"}
+    assert "pre" in profile.modules_before
+    assert not profile.modules_before & {"post", "net.0", "idle"}
+    assert len(profile.costs_s) == len(stack) == 4
+    assert min(profile.costs_s) > 0
+    assert profile.sizes == [[(torch.Size([3, W]), torch.float32, True)]] * 5
+    assert [form.template[0] for form in profile.forms] == [profile.forms[0].template[0]] * 5
 
 
 class Traces(Tied):
@@ -113,8 +113,8 @@ def test_a_stack_whose_layers_work_in_place_can_be_looked_at() -> None:
     tied.net = nn.Sequential(Adds(), nn.ReLU(inplace=True), nn.Linear(W, W), nn.ReLU(inplace=True))
     tied.pre = nn.Identity()  # the first layer is given the batch itself
     before = tied.batch.clone()
-    _, look = profiled(tied)
-    assert look.after == {"post.weight", "post.bias"}
+    _, profile = profiled(tied)
+    assert profile.after == {"post.weight", "post.bias"}
     assert torch.equal(tied.batch, before)
 
 
@@ -151,7 +151,7 @@ def test_a_step_that_shows_nothing_is_refused(tied: Tied, step: Any, error: type
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_layers_are_not_compiled_once_for_each() -> None:
-    """Hooks hung on them, each another, would use up what a compiler allows; the look is the first to run them."""
+    """Hooks hung on them, each another, would use up what a compiler allows; the profile is the first to run them."""
     graphs: list[int] = []
 
     def compiler(graph: Any, _: Any) -> Any:
@@ -160,7 +160,7 @@ def test_compiled_layers_are_not_compiled_once_for_each() -> None:
 
     tied = Tied()
     tied.net = nn.Sequential(*(torch.compile(layer, backend=compiler) for layer in linears(10)))  # type: ignore[arg-type]
-    look = profiled(tied)[1]
+    profile = profiled(tied)[1]
     tied.step()["loss"].backward()
-    assert len(look.costs_s) == 10
+    assert len(profile.costs_s) == 10
     assert 0 < len(graphs) <= 3, "one for a leaf, one for the output of a layer"
