@@ -19,21 +19,17 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.tuner import Tuner
 
 from lightning_eff.precision import FP8Precision, LUQPrecision
-from tests.lifetimes import (  # noqa: F401
+from tests.lifetimes.subjects import (
     At,
     Net,
     Stop,
     Subject,
     every_subject,
     fit,
-    no_hook_is_left,
     outcome,
     same,
-    small_layers_count,
     trainer,
 )
-
-pytestmark = pytest.mark.usefixtures("small_layers_count", "no_hook_is_left")
 
 
 def other_run(subject: Subject, instance: Any) -> None:
