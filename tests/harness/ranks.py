@@ -17,7 +17,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,7 +148,7 @@ def run_ranks(
     _pool = _pool or _Pool()
     workers = _pool.ready(world_size)
     _pool.calls += 1
-    store, port = _pool.folder / f"store-{_pool.calls}", _free_port()
+    store, port = _pool.folder / f"store-{_pool.calls}", free_port()
     for rank, worker in enumerate(workers):
         call = Call(fn, args, kwargs, rank, world_size, str(store), timeout_s, init_group, port, env or {})
         worker.pipe.send_bytes(pickle.dumps(call))
@@ -160,12 +160,27 @@ def run_ranks(
     return [results[rank] for rank in range(world_size)]
 
 
-def _free_port() -> int:
-    """For code under test that forms its own group through MASTER_PORT."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """Return a port for code under test that forms its own group through MASTER_PORT.
+
+    It is below those the system gives to outgoing connections, of which one could take it before rank 0 does, and each
+    test process begins at another place.
+    """
+    for port in _ports:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
+
+
+def _places() -> Iterator[int]:
+    """Every port from 10000 to 31999, round and round, from a place of this process."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    start = os.getpid() + 7919 * number
+    return (10_000 + (start + turn) % 22_000 for turn in range(10**6))
+
+
+_ports = _places()
 
 
 def _collect(workers: list[_Worker], timeout_s: float) -> tuple[dict[int, Any], dict[int, tuple[str, str]]]:
