@@ -85,7 +85,8 @@ def markers(source: str) -> set[str]:
 
 def test_no_file_is_long() -> None:
     """And those that were put right leave the list."""
-    assert {name for name, source in SOURCES.items() if code_lines(source) > MAX_CODE_LINES} == TOO_LONG
+    long = {name: source for name, source in SOURCES.items() if source.count("\n") > MAX_CODE_LINES}
+    assert {name for name, source in long.items() if code_lines(source) > MAX_CODE_LINES} == TOO_LONG
 
 
 def test_no_test_imports_another() -> None:
