@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 
 from tests.harness.leaks import Snapshot
+from tests.harness.limit import LIMIT_S, Limit
 from tests.harness.ranks import close_pool
 from tests.harness.seeds import FIXED_SEED, seed_everything, seed_of_the_day
 from tests.harness.turns import Turns
@@ -34,18 +35,23 @@ hypothesis.settings.load_profile("eff")
 
 TURNS = pytest.StashKey[Turns]()
 """The turns of this process among several; absent where there is one process."""
+LIMIT = pytest.StashKey[Limit]()
+"""The time limit of the test that runs; absent where a person debugs."""
 FOLDER = pytest.StashKey[Path]()
 """Where the processes take turns; known to the one that starts the others."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the seed of the day for Hypothesis and for the processes that run the tests, and where these take turns."""
+    """Set the seed of the day for Hypothesis and for the processes that run the tests, time limits and turns."""
     os.environ.setdefault("EFF_SEED", str(seed_of_the_day()))  # one seed, also over midnight
     if getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(seed_of_the_day())
+    limit = Limit(os.fdopen(os.dup(2), "w"))  # what is captured later goes elsewhere
+    if not config.option.usepdb:
+        config.stash[LIMIT] = limit
     if worker := getattr(config, "workerinput", None):
-        config.stash[TURNS] = Turns(Path(worker["eff_turns"]))
+        config.stash[TURNS] = Turns(Path(worker["eff_turns"]), limit.lift)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -58,20 +64,27 @@ def pytest_configure_node(node: Any) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the tests that want to be alone: one process runs them in a row while the others wait."""
-    items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+    items.sort(key=lambda item: not _is_alone(item))
+
+
+def _is_alone(item: pytest.Item | None) -> bool:
+    return item is not None and item.get_closest_marker("alone") is not None
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Wait for a turn before the clock of the test's time limit starts."""
-    turns = item.config.stash.get(TURNS, None)
-    if turns is None:
-        return (yield)
-    turns.begin(alone=item.get_closest_marker("alone") is not None)
+    """Wait for a turn, and then start the clock of the test's time limit."""
+    turns, limit = item.config.stash.get(TURNS, None), item.config.stash.get(LIMIT, None)
+    if turns is not None:
+        turns.begin(alone=_is_alone(item))
+    if limit is not None:
+        marker = item.get_closest_marker("timeout")
+        limit.begin(marker.args[0] if marker else LIMIT_S)
     try:
         return (yield)
     finally:
-        turns.end(alone_next=nextitem is not None and nextitem.get_closest_marker("alone") is not None)
+        if turns is not None:
+            turns.end(alone_next=_is_alone(nextitem))
 
 
 def pytest_report_header() -> str:
@@ -80,6 +93,8 @@ def pytest_report_header() -> str:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     close_pool()
+    if limit := config.stash.get(LIMIT, None):
+        limit.lift()
     if folder := config.stash.get(FOLDER, None):
         shutil.rmtree(folder, ignore_errors=True)
 

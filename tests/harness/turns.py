@@ -7,23 +7,26 @@ be alone waits only for those that run already. Without other processes there is
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 
 class Turns:
-    """The turns of one test process among those that share a folder."""
+    """The turns of one test process among those that share a folder; it calls ``before_waiting`` when it has to."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, before_waiting: Callable[[], None] = lambda: None) -> None:
         self._queue = (folder / "queue").open("w")
         self._machine = (folder / "machine").open("w")
+        self._before_waiting = before_waiting
         self._alone = False
 
     def begin(self, *, alone: bool) -> None:
         """Wait until this process may run a test, ``alone`` or beside the others."""
         if self._alone and alone:  # the last test has left the machine to this one
             return
-        fcntl.flock(self._queue, fcntl.LOCK_EX)
-        fcntl.flock(self._machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        self._lock(self._queue, fcntl.LOCK_EX)
+        self._lock(self._machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(self._queue, fcntl.LOCK_UN)
         self._alone = alone
 
@@ -32,3 +35,15 @@ class Turns:
         if not (self._alone and alone_next):
             fcntl.flock(self._machine, fcntl.LOCK_UN)
             self._alone = False
+
+    def close(self) -> None:
+        """Leave the queue."""
+        self._queue.close()
+        self._machine.close()
+
+    def _lock(self, file: IO[str], kind: int) -> None:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._before_waiting()
+            fcntl.flock(file, kind)
