@@ -3,6 +3,9 @@
 Starting a Python with torch takes seconds, forming a fresh group takes milliseconds. So the worker processes are
 started once, on first use, and serve the whole test run; every call gets a new group over a new file store. A worker
 that dies or hangs is killed with its peers and replaced on the next call.
+
+One worker is started anew; the others are forked, each by itself, from a process that has imported what they need. The
+seed of Python's hashes is thus another one on one of the ranks, and what follows the order of a set tells.
 """
 
 from __future__ import annotations
@@ -26,6 +29,16 @@ from tests.harness.worker import Call, Failure, worker_main
 
 T = TypeVar("T")
 START_S = 60.0  # a worker has to import torch
+PRELOADED = [
+    "torch.distributed",
+    "lightning.pytorch",
+    "pytorch_lightning",
+    "lightning_eff.strategies",
+    "lightning_eff.precision",
+    "lightning_eff.callbacks",
+    "tests.harness.worker",
+    "tests.harness.leaks",
+]
 AFTERMATH_S = 3.0  # what the peers of a failed rank get to report on their own
 
 
@@ -45,8 +58,11 @@ class RanksFailedError(RuntimeError):
 class _Worker:
     """One process, its pipe and the file its stacks are dumped to."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, folder: Path, number: int, *, forked: bool) -> None:
+        context = multiprocessing.get_context("forkserver" if forked else "spawn")
+        if forked:
+            context.set_forkserver_preload(PRELOADED)
+        self.forked = forked
         self.stacks = folder / f"stacks-{number}.txt"
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=worker_main, args=(theirs, str(self.stacks)), name=f"rank-{number}")
@@ -76,12 +92,16 @@ class _Pool:
     def __init__(self) -> None:
         self.workers: list[_Worker] = []
         self.folder = Path(tempfile.mkdtemp(prefix="eff-ranks-"))
-        self.calls = 0
+        self.calls = self.started = 0
 
     def ready(self, count: int) -> list[_Worker]:
         self.workers = [worker for worker in self.workers if worker.process.is_alive()]
-        new = [_Worker(self.folder, len(self.workers) + n) for n in range(count - len(self.workers))]
-        self.workers += new
+        new = []
+        while len(self.workers) < count:
+            forked = any(not worker.forked for worker in self.workers)
+            new.append(_Worker(self.folder, self.started, forked=forked))
+            self.workers.append(new[-1])
+            self.started += 1
         for worker in new:
             if not worker.pipe.poll(START_S):
                 self.close()
