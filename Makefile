@@ -1,6 +1,6 @@
 # Everything works from a fresh clone with Python and a C++ compiler; the first target run builds the environment.
 #   make demo        train a small model plainly and with 4-bit arithmetic, compare
-#   make test        the test battery (10 minutes at most)
+#   make test        the test battery (8 minutes at most)
 #   make test-long   the long tiers as well
 #   make bench       the measured figures of the method cards
 #   make lint        ruff, ruff format, mypy
