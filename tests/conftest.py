@@ -1,4 +1,4 @@
-"""Seeds, leak police and the life of the rank pool, for every test."""
+"""Seeds, time limits, turns, leak police and the life of the rank pool, for every test."""
 
 from __future__ import annotations
 
@@ -47,11 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("EFF_SEED", str(seed_of_the_day()))  # one seed, also over midnight
     if getattr(config.option, "hypothesis_seed", None) is None:
         config.option.hypothesis_seed = str(seed_of_the_day())
-    limit = Limit(os.fdopen(os.dup(2), "w"))  # what is captured later goes elsewhere
     if not config.option.usepdb:
-        config.stash[LIMIT] = limit
+        config.stash[LIMIT] = Limit(os.fdopen(os.dup(2), "w"))  # what is captured later goes elsewhere
     if worker := getattr(config, "workerinput", None):
-        config.stash[TURNS] = Turns(Path(worker["eff_turns"]), limit.lift)
+        config.stash[TURNS] = Turns(Path(worker["eff_turns"]), config.stash[LIMIT].lift)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -93,8 +92,10 @@ def pytest_report_header() -> str:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     close_pool()
+    if turns := config.stash.get(TURNS, None):
+        turns.close()
     if limit := config.stash.get(LIMIT, None):
-        limit.lift()
+        limit.close()
     if folder := config.stash.get(FOLDER, None):
         shutil.rmtree(folder, ignore_errors=True)
 

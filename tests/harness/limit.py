@@ -33,3 +33,8 @@ class Limit:
         """Let the process wait for as long as it must."""
         faulthandler.cancel_dump_traceback_later()
         self._end = 0.0
+
+    def close(self) -> None:
+        """Watch no more tests."""
+        self.lift()
+        self._file.close()
