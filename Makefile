@@ -1,6 +1,6 @@
 # Everything works from a fresh clone with Python and a C++ compiler; the first target run builds the environment.
 #   make demo        train a small model plainly and with 4-bit arithmetic, compare
-#   make test        the test battery (10 minutes at most)
+#   make test        the test battery (8 minutes at most)
 #   make test-long   the long tiers as well
 #   make bench       the measured figures of the method cards
 #   make lint        ruff, ruff format, mypy
@@ -12,6 +12,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+# Processes that run the tests; 0 for none but pytest's own.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lightning-eff-installed
@@ -25,10 +27,10 @@ demo: $(STAMP)
 	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m "long or not long" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "long or not long" $(PYTEST_ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.peers setup

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,8 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import FIXED_SEED, RanksFailedError, Snapshot, keep_globals, run_ranks
+from tests.harness import FIXED_SEED, RanksFailedError, Snapshot, keep_globals, limit, run_ranks
 from tests.harness.leaks import ROOT
+from tests.harness.turns import Turns
 
 # ------------------------------------------------------------------------------------------------------------- ranks
 
@@ -143,8 +147,6 @@ def test_a_thread_left_running_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_child_left_running_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-
     if not Path("/proc/self/task").exists():
         pytest.skip("needs /proc")
     monkeypatch.setattr("tests.harness.leaks.GRACE_S", 0.05)
@@ -186,6 +188,79 @@ def test_a_test_that_leaks_fails(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     result.assert_outcomes(passed=2, errors=1)
     result.stdout.fnmatch_lines(["*this test leaks:", "*environment: LEFT_BEHIND was None, is '1'"])
+
+
+# ---------------------------------------------------------------------------------------------------- limits and turns
+
+OVER = """
+import runpy, sys, time
+limit = runpy.run_path(sys.argv[1])["Limit"](sys.stderr)
+limit.begin(-9.9)
+time.sleep(100)
+"""
+
+
+def test_a_test_that_exceeds_its_limit_ends_the_process_with_its_stack() -> None:
+    command = [sys.executable, "-S", "-c", OVER, str(Path(limit.__file__))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert 'File "<string>", line 5' in done.stderr
+
+
+def test_short_tests_share_a_timer_and_no_test_has_less_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ends = [0.0], [math.inf]
+    set_anew: list[float] = []
+
+    def timer(seconds: float, **_: Any) -> None:
+        ends[0] = now[0] + seconds
+        set_anew.append(now[0])
+
+    monkeypatch.setattr(limit.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(limit.faulthandler, "dump_traceback_later", timer)
+    monkeypatch.setattr(limit.faulthandler, "cancel_dump_traceback_later", lambda: ends.__setitem__(0, math.inf))
+    ours = limit.Limit(sys.stderr)
+    for limit_s in [120.0] * 6 + [1800.0, 120.0, 120.0]:
+        ours.begin(limit_s)
+        assert limit_s <= ends[0] - now[0] <= limit_s + limit.LATER_S
+        now[0] += 4.0
+    assert set_anew == [0.0, 12.0, 24.0, 28.0]
+    ours.lift()  # it waits for its turn
+    assert ends == [math.inf]
+    ours.begin()
+    assert ends[0] == now[0] + limit.LIMIT_S + limit.LATER_S
+
+
+def test_who_wants_to_be_alone_waits_for_those_that_run_and_the_others_for_it(tmp_path: Path) -> None:
+    one, two, three = (Turns(tmp_path) for _ in range(3))
+    done: list[str] = []
+
+    def take(turns: Turns, name: str, *, alone: bool) -> threading.Thread:
+        def run() -> None:
+            turns.begin(alone=alone)
+            done.append(name)
+
+        waits = threading.Event()
+        turns._before_waiting = waits.set
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert waits.wait(20)
+        return thread
+
+    one.begin(alone=False)
+    alone = take(two, "alone", alone=True)
+    other = take(three, "other", alone=False)
+    assert done == []
+    one.end(alone_next=False)
+    alone.join()
+    two.end(alone_next=True)
+    two.begin(alone=True)
+    assert done == ["alone"]
+    two.end(alone_next=False)
+    other.join()
+    one.begin(alone=False)  # beside the other
+    assert done == ["alone", "other"]
+    for turns in (one, two, three):
+        turns.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- seeds

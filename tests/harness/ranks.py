@@ -3,6 +3,9 @@
 Starting a Python with torch takes seconds, forming a fresh group takes milliseconds. So the worker processes are
 started once, on first use, and serve the whole test run; every call gets a new group over a new file store. A worker
 that dies or hangs is killed with its peers and replaced on the next call.
+
+One worker is started anew; the others are forked, each by itself, from a process that has imported what they need. The
+seed of Python's hashes is thus another one on one of the ranks, and what follows the order of a set tells.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +29,16 @@ from tests.harness.worker import Call, Failure, worker_main
 
 T = TypeVar("T")
 START_S = 60.0  # a worker has to import torch
+PRELOADED = [
+    "torch.distributed",
+    "lightning.pytorch",
+    "pytorch_lightning",
+    "lightning_eff.strategies",
+    "lightning_eff.precision",
+    "lightning_eff.callbacks",
+    "tests.harness.worker",
+    "tests.harness.leaks",
+]
 AFTERMATH_S = 3.0  # what the peers of a failed rank get to report on their own
 
 
@@ -45,8 +58,11 @@ class RanksFailedError(RuntimeError):
 class _Worker:
     """One process, its pipe and the file its stacks are dumped to."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, folder: Path, number: int, *, forked: bool) -> None:
+        context = multiprocessing.get_context("forkserver" if forked else "spawn")
+        if forked:
+            context.set_forkserver_preload(PRELOADED)
+        self.forked = forked
         self.stacks = folder / f"stacks-{number}.txt"
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=worker_main, args=(theirs, str(self.stacks)), name=f"rank-{number}")
@@ -76,12 +92,16 @@ class _Pool:
     def __init__(self) -> None:
         self.workers: list[_Worker] = []
         self.folder = Path(tempfile.mkdtemp(prefix="eff-ranks-"))
-        self.calls = 0
+        self.calls = self.started = 0
 
     def ready(self, count: int) -> list[_Worker]:
         self.workers = [worker for worker in self.workers if worker.process.is_alive()]
-        new = [_Worker(self.folder, len(self.workers) + n) for n in range(count - len(self.workers))]
-        self.workers += new
+        new = []
+        while len(self.workers) < count:
+            forked = any(not worker.forked for worker in self.workers)
+            new.append(_Worker(self.folder, self.started, forked=forked))
+            self.workers.append(new[-1])
+            self.started += 1
         for worker in new:
             if not worker.pipe.poll(START_S):
                 self.close()
@@ -148,7 +168,7 @@ def run_ranks(
     _pool = _pool or _Pool()
     workers = _pool.ready(world_size)
     _pool.calls += 1
-    store, port = _pool.folder / f"store-{_pool.calls}", _free_port()
+    store, port = _pool.folder / f"store-{_pool.calls}", free_port()
     for rank, worker in enumerate(workers):
         call = Call(fn, args, kwargs, rank, world_size, str(store), timeout_s, init_group, port, env or {})
         worker.pipe.send_bytes(pickle.dumps(call))
@@ -160,12 +180,27 @@ def run_ranks(
     return [results[rank] for rank in range(world_size)]
 
 
-def _free_port() -> int:
-    """For code under test that forms its own group through MASTER_PORT."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """Return a port for code under test that forms its own group through MASTER_PORT.
+
+    It is below those the system gives to outgoing connections, of which one could take it before rank 0 does, and each
+    test process begins at another place.
+    """
+    for port in _ports:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
+
+
+def _places() -> Iterator[int]:
+    """Every port from 10000 to 31999, round and round, from a place of this process."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    start = os.getpid() + 7919 * number
+    return (10_000 + (start + turn) % 22_000 for turn in range(10**6))
+
+
+_ports = _places()
 
 
 def _collect(workers: list[_Worker], timeout_s: float) -> tuple[dict[int, Any], dict[int, tuple[str, str]]]:

@@ -23,7 +23,7 @@ from lightning_eff.integration.graft import check_strategy, strategy_family
 from lightning_eff.methods import METHODS
 from lightning_eff.precision.layers.sharded import own_class, with_base
 from tests.harness import run_ranks
-from tests.harness.ranks import _free_port
+from tests.harness.ranks import free_port
 from tests.integration.conftest import ROOT, ROOTS
 from tests.integration.sharded import fsdp2
 from tests.integration.sharded.models import CONVERTED
@@ -186,7 +186,7 @@ def test_methods_of_the_optimizer_are_refused(method: str) -> None:
 def zero(folder: Path, world_size: int, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Reports of ``cases`` (stage -1 is DDP) by rank, each rank in a process of its own."""
     command = [sys.executable, "-m", "tests.integration.sharded.zero", json.dumps(cases)]
-    size, port = str(world_size), str(_free_port())
+    size, port = str(world_size), str(free_port())
     common = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
               "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
               "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0",

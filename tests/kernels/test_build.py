@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -12,60 +13,64 @@ from pathlib import Path
 import pytest
 
 from lightning_eff.kernels import build, cache, compiler
-from tests.kernels.building import copying, environment, forget, started, times_compiled
+from tests.kernels.building import copying, environment, forget, script, started, times_compiled
 
-# Prints sums that any difference in a code, a scale or a product would change, and the warnings' categories.
+# Prints, for every world it is given, sums that any difference in a code, a scale or a product would change, whether
+# there were kernels, and the warnings' categories.
 PROGRAM = """
-import warnings, torch
-with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
-    from lightning_eff.functional.codes import Codes
-    from lightning_eff.kernels.build import library
-    from lightning_eff.kernels.geometry import Geometry
-    from lightning_eff.kernels import convolution, products, quantize
+import json, os, sys, warnings, torch
+from lightning_eff.functional.codes import Codes
+from lightning_eff.kernels import build, convolution, products, quantize
+from lightning_eff.kernels.geometry import Geometry
+from tests.kernels.building import forget
+def digest(t):
+    return float((t.double().reshape(-1) * torch.arange(1, t.numel() + 1)).sum())
+def sums():
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(4, 6, 7, 5, 8, generator=generator)
-    def digest(t):
-        return float((t.double().reshape(-1) * torch.arange(1, t.numel() + 1)).sum())
     grad = quantize.luq_codes(x, seed=7)
     scale = torch.tensor(0.4)
     codes, packed, unsigned = quantize.sawb_encode(x, pack=True, scale=scale)
     relu = quantize.sawb_encode(x.relu(), unsigned="mirror5", scale=scale)[0]
-    print(digest(grad.codes), float(grad.scale), digest(codes.codes), digest(packed), unsigned, digest(relu.codes))
-    print(digest(quantize.unpack_int4(packed, x.numel())), float(quantize.largest_magnitude(x)))
+    yield from (digest(grad.codes), float(grad.scale), digest(codes.codes), digest(packed), unsigned)
+    yield digest(relu.codes)
+    yield from (digest(quantize.unpack_int4(packed, x.numel())), float(quantize.largest_magnitude(x)))
     geometry = Geometry((3, 2, 3), (1, 2, 1), (1, 0, 1), (1, 1, 1))
     weight = Codes(codes.codes.reshape(-1)[: 5 * 18 * 8].view(5, 18, 8), scale)
     y = convolution.conv_forward(codes, weight, geometry, native=True, bias=torch.ones(5))
-    print(digest(y), digest(convolution.conv_weight_grad(quantize.luq_codes(y, seed=1), codes, geometry, native=True)))
-    print(digest(products.scaled_product(Codes(grad.codes.view(-1, 8), grad.scale),
-                                         Codes(codes.codes.view(-1, 8).t()[:, :50], scale), native=True)))
-print("compiled", library() is not None)
-print("warnings", [w.category.__name__ for w in seen if "quantisers" in str(w.message)])
+    yield digest(y)
+    yield digest(convolution.conv_weight_grad(quantize.luq_codes(y, seed=1), codes, geometry, native=True))
+    yield digest(products.scaled_product(Codes(grad.codes.view(-1, 8), grad.scale),
+                                         Codes(codes.codes.view(-1, 8).t()[:, :50], scale), native=True))
+for world in json.loads(sys.argv[1]):
+    os.environ.update(world)
+    forget()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        numbers = list(sums())
+    told = [w.category.__name__ for w in seen if "quantisers" in str(w.message)]
+    print(json.dumps([numbers, build.library() is not None, told]))
 """
 
 
-def run(env: dict[str, str]) -> list[str]:
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
 def test_switched_off_broken_and_compiled_give_the_same_numbers(tmp_path: Path) -> None:
-    broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\necho 'this compiler is broken' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    off = run(environment(tmp_path / "off", LIGHTNING_EFF_KERNELS="0"))
-    failed = run(environment(tmp_path / "failed", CXX=str(broken)))
-    assert off[-2:] == ["compiled False", "warnings []"]
-    assert failed[-2:] == ["compiled False", "warnings ['FallbackWarning']"]
-    assert failed[:-2] == off[:-2]
+    broken = script(tmp_path / "c++", "echo 'this compiler is broken' >&2\nexit 1")
+    worlds = [
+        {"LIGHTNING_EFF_KERNELS": "0", "LIGHTNING_EFF_CACHE": str(tmp_path / "off")},
+        {"LIGHTNING_EFF_KERNELS": "1", "LIGHTNING_EFF_CACHE": str(tmp_path / "failed"), "CXX": str(broken)},
+    ]
+    if (kernels := build.library()) is not None:
+        worlds += [{"LIGHTNING_EFF_CACHE": str(build.obtained().folder), "CXX": os.environ.get("CXX", "")}]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(worlds)]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    (numbers, *off), failed, *compiled = map(json.loads, done.stdout.splitlines())
+    assert off == [False, []]
+    assert failed == [numbers, False, ["FallbackWarning"]]
     assert not (tmp_path / "off").exists()
-    if build.library() is None:
+    if kernels is None:
         pytest.skip("no compiled kernels here")
-    compiled = run(environment(tmp_path / "compiled"))
-    assert compiled[-2:] == ["compiled True", "warnings []"]
-    assert compiled[:-2] == off[:-2]
+    assert compiled == [[numbers, True, []]]
 
 
 def test_one_process_builds_while_others_wait(tmp_path: Path, prebuilt: Path) -> None:

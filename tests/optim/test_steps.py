@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from lightning_eff.optim.steps import STEPS
-from tests.lifetimes import no_hook_is_left  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_hook_is_left")
 

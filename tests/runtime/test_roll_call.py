@@ -236,6 +236,7 @@ def test_ranks_that_never_came_and_many_at_once() -> None:
         ("gone", b"1\twaited\tstep 2", "So was every other rank, and had given up waiting: rank 0 at step 2."),
         (this_process(), b"7\traised\tof another run", "Missing: rank 0 (last seen at step 2), alive"),
     ],
+    ids=["no process", "of another machine", "alive", "gone", "raised", "waited", "alive in another run"],
 )
 def test_what_became_of_the_missing_rank_is_told(process: str, end: bytes, told: str) -> None:
     if process == "gone":

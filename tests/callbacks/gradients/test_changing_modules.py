@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_eff.callbacks import GradientPruning, GradientStatistics
-from tests.lifetimes import At, Manual, Net, Stop, fit, outcome, same, trainer
+from tests.lifetimes.subjects import At, Manual, Net, Stop, fit, outcome, same, trainer
 
 MAKES: dict[str, Callable[[], Any]] = {
     "pruning": lambda: GradientPruning(0.6, warmup_steps=0, refit_every_n_steps=100),

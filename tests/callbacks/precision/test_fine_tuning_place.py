@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_eff.callbacks import LUQFineTuning
 from lightning_eff.errors import ConfigurationError, EffWarning
-from tests.lifetimes import At, Manual, Net, fit, outcome, same, trainer
+from tests.lifetimes.subjects import At, Manual, Net, fit, outcome, same, trainer
 
 
 class Watch(Callback):

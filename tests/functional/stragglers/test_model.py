@@ -210,6 +210,7 @@ def test_the_threshold_does_not_depend_on_layout_or_order_of_workers(dtype: torc
     assert best_threshold(table.flip(1), 0.5) == tau
 
 
+@pytest.mark.alone
 def test_a_thousand_workers_take_less_than_a_second() -> None:
     table = lognormal_table(44, 1024)
     start = time.perf_counter()

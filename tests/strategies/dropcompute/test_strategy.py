@@ -120,9 +120,17 @@ def test_precisions_compose(precision: str) -> None:
     assert results[0]["global_step"] == STEPS
 
 
+def warm_up() -> None:
+    """The first micro-batch of a process imports much; no delay is to be many times that."""
+    fit("time", {"threshold": math.inf}, samples=2 * BATCH * M)
+
+
+@pytest.mark.alone
 def test_stragglers_drop_and_the_others_do_not() -> None:
-    delay = "slow:rank=1,factor=20"
-    results = fit("time", {"threshold": 0.004, "delay": delay}, log_every_n_steps=2)
+    """The threshold is many times what a step takes, and less than what a micro-batch of the slow rank does."""
+    warm_up()
+    delay = "slow:rank=1,factor=100"
+    results = fit("time", {"threshold": 0.02, "delay": delay}, log_every_n_steps=2)
     assert len(results[1]["computed"]) < len(results[0]["computed"])
     assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=0.5)
     assert set(results[0]["metrics"]) == set(METHODS["dropcompute"].metrics)
@@ -130,6 +138,7 @@ def test_stragglers_drop_and_the_others_do_not() -> None:
     assert results[0]["metrics"]["eff/dropcompute/speedup_estimate"] > 1
 
 
+@pytest.mark.alone
 def test_the_threshold_is_measured_and_agreed_on(tmp_path: Path) -> None:
     """Rank 1 stalls in every step; what is measured is what the model of section 3 makes of it."""
     path = tmp_path / "run.csv"
@@ -140,15 +149,17 @@ def test_the_threshold_is_measured_and_agreed_on(tmp_path: Path) -> None:
         "delay": "slow:rank=1,factor=30",
         "record_timings": str(path),
     }
+    warm_up()
     results = fit("time", options, samples=2 * BATCH * M * 16)
     assert results[0]["threshold_s"] == results[1]["threshold_s"] < math.inf
     assert len(results[0]["computed"]) > len(results[1]["computed"]) >= 10 * M + 6
     table, other = read_timings(path)
     assert table.shape == (5, 2, M), "the first five of ten steps are thrown away"
-    assert (table[:, 1].sum(-1) > 5 * table[:, 0].sum(-1)).all()
+    assert (table[:, 1].sum(-1) > 5 * table[:, 0].sum(-1)).sum() >= 4, "a busy machine may hold rank 0 up once"
     assert (other >= 0).all()
 
 
+@pytest.mark.alone
 def test_equal_ranks_are_left_alone() -> None:
     results = fit("time", {"threshold": "auto", "warmup_steps": 8}, samples=2 * BATCH * M * 10)
     drop = 1 - sum(len(result["computed"]) for result in results) / (2 * M * 10)

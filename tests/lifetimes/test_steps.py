@@ -15,20 +15,16 @@ import lightning_eff.precision
 from lightning_eff.errors import NonFiniteGradientError, UnsupportedCombinationError
 from lightning_eff.optim.bf16.wrapper import ShadowedOptimizer
 from lightning_eff.optim.steps import STEPS
-from tests.lifetimes import (  # noqa: F401
+from tests.lifetimes.subjects import (
     Manual,
     Net,
     Subject,
     every_subject,
     fit,
-    no_hook_is_left,
     outcome,
     same,
-    small_layers_count,
     trainer,
 )
-
-pytestmark = pytest.mark.usefixtures("small_layers_count", "no_hook_is_left")
 
 
 @pytest.mark.parametrize("optimizers", [1, 2])

@@ -19,21 +19,17 @@ from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.tuner import Tuner
 
 from lightning_eff.precision import FP8Precision, LUQPrecision
-from tests.lifetimes import (  # noqa: F401
+from tests.lifetimes.subjects import (
     At,
     Net,
     Stop,
     Subject,
     every_subject,
     fit,
-    no_hook_is_left,
     outcome,
     same,
-    small_layers_count,
     trainer,
 )
-
-pytestmark = pytest.mark.usefixtures("small_layers_count", "no_hook_is_left")
 
 
 def other_run(subject: Subject, instance: Any) -> None:
@@ -45,6 +41,16 @@ def new_run(subject: Subject, instance: Any, **options: Any) -> Any:
     model = Net()
     fit(trainer(**subject.given(instance), **options), model)
     return outcome(model, instance)
+
+
+FRESH: dict[str, Any] = {}
+
+
+def fresh_run(subject: Subject) -> Any:
+    """The run of a new instance, once for all tests."""
+    if subject.name not in FRESH:
+        FRESH[subject.name] = new_run(subject, subject.make())
+    return FRESH[subject.name]
 
 
 # -------------------------------------------------------------------------- a new run is as with a new instance
@@ -109,14 +115,14 @@ Row = Callable[[Subject, Any, Path], Any]
 def test_a_new_run_is_as_with_a_new_instance(subject: Subject, row: Row, tmp_path: Path) -> None:
     used = subject.make()
     used = row(subject, used, tmp_path) or used
-    assert same(new_run(subject, used), new_run(subject, subject.make()))
+    assert same(new_run(subject, used), fresh_run(subject))
 
 
 @every_subject(few=True)
 def test_a_new_run_after_an_interrupt_is_as_with_a_new_instance(subject: Subject, tmp_path: Path) -> None:
     used = subject.make()
     an_interrupted_run(subject, used, tmp_path)
-    assert same(new_run(subject, used), new_run(subject, subject.make()))
+    assert same(new_run(subject, used), fresh_run(subject))
 
 
 @every_subject()
@@ -146,7 +152,7 @@ def test_search_then_fit(subject: Subject, tmp_path: Path) -> None:
     torch.manual_seed(5)
     Tuner(runner).lr_find(model, num_training=3, min_lr=1e-3, max_lr=1e-2, update_attr=False)
     fit(runner, model)
-    assert same(outcome(model, instance), new_run(subject, subject.make()))
+    assert same(outcome(model, instance), fresh_run(subject))
 
 
 @every_subject(few=True)
@@ -164,7 +170,7 @@ def test_search_of_a_batch_size_then_fit(subject: Subject, in_the_fit: bool, tmp
         Tuner(runner).scale_batch_size(model, **search)
     fit(runner, model)
     assert model.batch_size == 8
-    assert same(outcome(model, instance), new_run(subject, subject.make()))
+    assert same(outcome(model, instance), fresh_run(subject))
 
 
 @every_subject(few=True)
@@ -173,7 +179,7 @@ def test_a_thread_is_like_the_main_thread(subject: Subject) -> None:
     thread = threading.Thread(target=lambda: found.append(new_run(subject, subject.make())))
     thread.start()
     thread.join()
-    assert same(found[0], new_run(subject, subject.make()))
+    assert same(found[0], fresh_run(subject))
 
 
 def test_two_fits_in_threads_do_not_hear_of_each_others_steps() -> None:

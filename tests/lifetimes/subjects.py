@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,32 +13,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_eff.callbacks
 import lightning_eff.precision
 from lightning_eff.methods import METHODS
-from lightning_eff.optim.steps import STEPS
-from lightning_eff.precision.formats import fp8
 
 BATCHES = 4
-
-
-@pytest.fixture
-def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FP8 converts layers of any size."""
-    monkeypatch.setattr(fp8, "SLOW_FEATURES", 0)
-
-
-@pytest.fixture
-def no_hook_is_left() -> Iterator[None]:
-    """Nobody listens to optimizers after the test who did not before; Fabrics of earlier tests may still be there."""
-    before = list(STEPS._live())
-    yield
-    assert all(listener in before for listener in STEPS._live())
-    assert before or not _global_optimizer_pre_hooks
-    assert before or not _global_optimizer_post_hooks
 
 
 @dataclass(frozen=True)
