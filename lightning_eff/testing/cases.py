@@ -1,0 +1,245 @@
+"""What a battery has to be told about one method: options, how each refusal is provoked, what differs from others."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning_eff.methods import MethodInfo
+from lightning_eff.testing.runs import STEPS, Plan
+
+__all__ = ["CallbackCase", "Case", "Provocation", "StrategyCase", "collect_cases", "ddp"]
+
+@dataclass(frozen=True, kw_only=True)
+class Provocation:
+    """A run that the method must refuse before its first step.
+
+    Attributes:
+        trainer: options of the Trainer, beside or in place of the case's.
+        task: options of the task.
+        options: arguments of the method.
+        world: number of processes; 0 for as many as the case has.
+    """
+
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    world: int = 0
+
+
+Provoke = Provocation | Callable[[Any], object]
+"""A run, or a function that is called with a new object of the method and has to raise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A method, or one way of using it, for a battery.
+
+    Attributes:
+        info: row of the method. It needs not be in ``METHODS``.
+        options: arguments with which the method is at work, to the same bits every time: no wall clock.
+        neutral: arguments with which a run is plain Lightning's to the bit; None if there are none.
+        no_neutral: why there are none.
+        plain: options of the plain Trainer that the neutral one is compared with, in place of ``trainer``.
+        changes: whether a run with ``options`` ends at other weights than plain Lightning.
+        variant: tells several cases of a method apart.
+        classes: package of Lightning -> ``"module:Class"``; by default where this package has its classes.
+        imports: modules that register strings.
+        trainer: options of every Trainer. A function stands for what it returns for the package of Lightning.
+        task: ``"module:function"`` that makes the LightningModule.
+        task_options: what it is called with, beside the package of Lightning.
+        cuts: optimizer steps after which a run is cut; of 20 in two epochs.
+        state: keys that the method keeps in a checkpoint; by default the row's.
+        no_state: what of the row's is not there with these options.
+        wrong: argument -> a value that a ConfigurationError has to name.
+        refusals: key of the row's conflicts -> how it is provoked.
+        unlogged: documented metric -> why a run with ``options`` does not log it.
+        card: file of the method card; by default the one in this package.
+    """
+
+    info: MethodInfo
+    options: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, Any] | None = field(default_factory=dict)
+    no_neutral: str = ""
+    plain: Mapping[str, Any] | None = None
+    changes: bool = True
+    variant: str = ""
+    classes: Mapping[str, str] = field(default_factory=dict)
+    imports: tuple[str, ...] = ()
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "lightning_eff.testing.tasks:task"
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    cuts: Sequence[int] = (1, 7, STEPS // 2, STEPS - 1)
+    state: tuple[str, ...] | None = None
+    no_state: tuple[str, ...] = ()
+    wrong: Mapping[str, Any] = field(default_factory=dict)
+    refusals: Mapping[str, Provoke] = field(default_factory=dict)
+    unlogged: Mapping[str, str] = field(default_factory=dict)
+    card: Path | None = None
+
+    kind: ClassVar[str] = ""
+    module: ClassVar[str] = ""
+    own_process: ClassVar[bool] = False
+
+    @property
+    def world(self) -> int:
+        """Processes that the method is at work on."""
+        return 1
+
+    @property
+    def id(self) -> str:
+        """Name of the case in a test's name."""
+        return f"{self.info.name}:{self.variant}" if self.variant else self.info.name
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """Package of Lightning -> ``"module:Class"``, those only that are installed."""
+        name = self.info.class_name
+        ours = {
+            "lightning.pytorch": f"lightning_eff.{self.module}:{name}",
+            "pytorch_lightning": f"lightning_eff.pytorch_lightning:{name}",
+        }
+        given = self.classes or ours
+        return {root: path for root, path in given.items() if importlib.util.find_spec(root.partition(".")[0])}
+
+    @property
+    def root(self) -> str:
+        """The first package of Lightning."""
+        return next(iter(self.paths))
+
+    @property
+    def state_keys(self) -> set[str]:
+        """Keys that are expected in a checkpoint of the method at work."""
+        keys = self.info.state_keys if self.state is None else self.state
+        return set(keys) - set(self.no_state)
+
+    @property
+    def card_path(self) -> Path:
+        """Where the method card should be."""
+        return self.card or Path(str(files("lightning_eff"))) / "cards" / f"{self.info.name}.md"
+
+    def plain_plan(self, root: str = "", **changes: Any) -> Plan:
+        """Return a run of plain Lightning.
+
+        Args:
+            root: package of Lightning; the first by default.
+            changes: of the plan's fields.
+        """
+        fields: dict[str, Any] = {
+            "root": root or self.root,
+            "kind": self.kind,
+            "trainer": self.trainer,
+            "task": self.task,
+            "task_options": self.task_options,
+            "world": self.world,
+            "own_process": self.own_process,
+            "imports": self.imports,
+        }
+        return Plan(**{**fields, **changes})
+
+    def plan(self, root: str = "", options: Mapping[str, Any] | None = None, **changes: Any) -> Plan:
+        """Return a run with the method.
+
+        Args:
+            root: package of Lightning; the first by default.
+            options: in place of the case's.
+            changes: of the plan's fields.
+        """
+        path = self.paths[root or self.root]
+        return self.plain_plan(root, **{"path": path, "options": self.at_work if options is None else options, **changes})
+
+    @property
+    def at_work(self) -> Mapping[str, Any]:
+        """Every argument of the method at work."""
+        return self.options
+
+    def state_of(self, checkpoint: Mapping[str, Any]) -> Any:
+        """Return what the method keeps in a checkpoint, or None."""
+        return checkpoint.get(self.info.class_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyCase(Case):
+    """A strategy for :class:`~lightning_eff.testing.strategies.StrategyBattery`.
+
+    Attributes:
+        strings: what ``Trainer(strategy=...)`` knows it by; by default the row's name.
+        always: arguments of every object (``{"process_group_backend": "gloo"}``).
+        num_ranks: processes that the method is at work on.
+        neutral_ranks: processes of the neutral run; by default as many.
+        same_data: ranks see the same micro-batches: there is one replica.
+        emulated: one process with the same options computes the same weights.
+    """
+
+    strings: tuple[str, ...] | None = None
+    always: Mapping[str, Any] = field(default_factory=lambda: {"process_group_backend": "gloo"})
+    num_ranks: int = 2
+    neutral_ranks: int | None = None
+    same_data: bool = False
+    emulated: bool = False
+
+    kind: ClassVar[str] = "strategy"
+    module: ClassVar[str] = "strategies"
+    own_process: ClassVar[bool] = True
+
+    @property
+    def world(self) -> int:
+        """Processes that the method is at work on."""
+        return self.num_ranks
+
+    @property
+    def at_work(self) -> Mapping[str, Any]:
+        """See :class:`Case`."""
+        return {**self.always, **self.options}
+
+    @property
+    def known_as(self) -> tuple[str, ...]:
+        """Strings of the strategy."""
+        return (self.info.name,) if self.strings is None else self.strings
+
+    def plain_plan(self, root: str = "", **changes: Any) -> Plan:
+        """See :class:`Case`."""
+        return Case.plain_plan(self, root, **{"same_data": self.same_data, **changes})
+
+    def plan(self, root: str = "", options: Mapping[str, Any] | None = None, **changes: Any) -> Plan:
+        """See :class:`Case`."""
+        return Case.plan(self, root, None if options is None else {**self.always, **options}, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallbackCase(Case):
+    """A callback for :class:`~lightning_eff.testing.callbacks.CallbackBattery`."""
+
+    kind: ClassVar[str] = "callback"
+    module: ClassVar[str] = "callbacks"
+
+    def state_of(self, checkpoint: Mapping[str, Any]) -> Any:
+        """See :class:`Case`."""
+        return checkpoint.get("callbacks", {}).get(self.info.class_name)
+
+
+def ddp(root: str) -> Any:
+    """Return plain data parallelism over gloo, as a Trainer's option ``strategy``."""
+    return importlib.import_module(f"{root}.strategies").DDPStrategy(process_group_backend="gloo")
+
+
+def collect_cases(folder: str | Path, package: str, kind: type[Case]) -> tuple[Any, ...]:
+    """Return the cases of one kind from every module ``cases_*.py`` below a folder.
+
+    A module has them in ``CASES``, or one in ``CASE``.
+
+    Args:
+        folder: of the package.
+        package: its name; every folder below is a package as well.
+        kind: of the cases.
+    """
+    found: list[Case] = []
+    for file in sorted(Path(folder).rglob("cases_*.py")):
+        inner = file.relative_to(folder).with_suffix("").parts
+        module = importlib.import_module(".".join((package, *inner)))
+        found += getattr(module, "CASES", ()) or (module.CASE,)
+    return tuple(case for case in found if isinstance(case, kind))
