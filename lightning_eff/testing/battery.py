@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning_eff.testing.cases import Case
 from lightning_eff.testing.ranks import run_ranks
 from lightning_eff.testing.runs import STEPS, Launcher, Outcome, Plan, differences, imported, made, run
 
-__all__ = ["Battery", "plain_values", "require", "same_run"]
+__all__ = ["Battery", "plain_options", "require", "same_run"]
 
 _SECTIONS = ("State", "Metrics", "References")
 _COPIES = ("pickle", "deepcopy")
@@ -47,9 +48,10 @@ def same_run(found: Sequence[Outcome], wanted: Sequence[Outcome], what: str, *, 
     require(not told, "\n".join([what, *told[:12]]))
 
 
-def plain_values(value: object) -> dict[str, Any]:
-    """Return the attributes of an object that are numbers, strings, None, or lists of them."""
-    return {name: item for name, item in vars(value).items() if _is_plain(item)}
+def plain_options(value: object) -> dict[str, Any]:
+    """Return the constructor's arguments that an object has as attributes: numbers, strings, None, or lists of them."""
+    names = inspect.signature(type(value)).parameters
+    return {name: item for name in names if _is_plain(item := getattr(value, name, value))}
 
 
 def _is_plain(item: object) -> bool:
@@ -230,11 +232,11 @@ class Battery:
     ) -> None:
         """``class_path`` and ``init_args`` in a YAML file make the object that Python makes."""
         path = case.paths[root]
-        config = {"class_path": path.replace(":", "."), "init_args": _plain_options(case.at_work)}
+        config = {"class_path": path.replace(":", "."), "init_args": _as_in_yaml(case.at_work)}
         given: Any = [config] if case.kind == "callback" else config
         found = self.from_yaml(case, root, {self.trainer_option(case): given}, tmp_path, monkeypatch)
         require(type(found) is imported(path), f"{case.id}: YAML made a {type(found)}")
-        told = differences(plain_values(found), plain_values(made(case.plan(root))), "attributes")
+        told = differences(plain_options(found), plain_options(made(case.plan(root))), "attributes")
         require(not told, f"{case.id}: YAML made another object: {told}")
 
     def trainer_option(self, case: Any) -> str:
@@ -314,6 +316,6 @@ def _sections(card: Path) -> dict[str, str]:
     return dict(zip(parts[1::2], (body.strip() for body in parts[2::2]), strict=True))
 
 
-def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def _as_in_yaml(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options as YAML writes them: tuples are lists."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_eff.testing.battery import Battery, plain_values, require, same_run
+from lightning_eff.testing.battery import Battery, plain_options, require, same_run
 from lightning_eff.testing.runs import Plan, differences, imported
 
 __all__ = ["StrategyBattery"]
@@ -38,8 +38,7 @@ class StrategyBattery(Battery):
         """See :class:`Battery`; a neutral setting may be one for another number of processes."""
         ranks = case.num_ranks if case.neutral_ranks is None else case.neutral_ranks
         ours, plain = super().neutral_plans(case, root)
-        changes: Mapping[str, Any] = {"world": ranks}
-        return _changed(ours, changes), _changed(plain, changes)
+        return replace(ours, world=ranks), replace(plain, world=ranks)
 
     def test_all_ranks_end_with_the_same_weights(self, case: Any) -> None:
         """Whatever each has computed."""
@@ -81,11 +80,5 @@ class StrategyBattery(Battery):
         for string in case.known_as:
             found = self.from_yaml(case, root, {"strategy": string}, tmp_path, monkeypatch)
             require(type(found) is kind, f"{case.id}: strategy={string!r} made a {type(found)}")
-            told = differences(plain_values(found), plain_values(kind()), "attributes")
+            told = differences(plain_options(found), plain_options(kind()), "attributes")
             require(not told, f"{case.id}: strategy={string!r} has other options than the class: {told}")
-
-
-def _changed(plan: Plan, changes: Mapping[str, Any]) -> Plan:
-    from dataclasses import replace
-
-    return replace(plan, **changes)

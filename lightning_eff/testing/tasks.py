@@ -93,7 +93,19 @@ def task_class(root: str) -> type[Any]:
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _decayed)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    Task.__name__ = Task.__qualname__ = _CLASSES[root]
     return Task
+
+
+_CLASSES = {"lightning.pytorch": "LightningTask", "pytorch_lightning": "PytorchLightningTask"}
+"""Package of Lightning -> name under which this module has its class, for pickles."""
+
+
+def __getattr__(name: str) -> Any:
+    for root, known in _CLASSES.items():
+        if name == known:
+            return task_class(root)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _decayed(step: int) -> float:

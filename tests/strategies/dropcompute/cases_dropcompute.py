@@ -7,14 +7,14 @@ import math
 from lightning_eff.methods import METHODS
 from lightning_eff.testing import Provocation, StrategyCase
 
-MICRO_BATCHES = 4
+MICRO_BATCHES = 2
 
 CASES = tuple(
     StrategyCase(
         info=METHODS["dropcompute"],
         variant=normalize,
         # A threshold of nothing drops what is above the least, whatever the clock says.
-        options={"threshold": 0.0, "min_micro_batches": 3, "normalize": normalize},
+        options={"threshold": 0.0, "min_micro_batches": 1, "normalize": normalize},
         neutral={"threshold": math.inf, "normalize": normalize},
         trainer={"accumulate_grad_batches": MICRO_BATCHES},
         refusals={
