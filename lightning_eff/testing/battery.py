@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
+from lightning_eff.errors import ConfigurationError, EffError
 from lightning_eff.methods import METHODS
 from lightning_eff.testing.cases import Case
 from lightning_eff.testing.ranks import run_ranks
@@ -55,6 +55,8 @@ def plain_options(value: object) -> dict[str, Any]:
 
 
 def _is_plain(item: object) -> bool:
+    if isinstance(item, Mapping):
+        return all(_is_plain(inner) for inner in item.values())
     if isinstance(item, list | tuple):
         return all(_is_plain(inner) for inner in item)
     return item is None or isinstance(item, bool | int | float | str)
@@ -83,6 +85,8 @@ class Battery:
             "conflict": lambda case: sorted({*case.info.conflicts, *case.refusals}),
         }
         cases = [*self.cases, *([self.case] if self.case is not None else [])]
+        if not cases:
+            raise ConfigurationError(f"{type(self).__name__} has no case. Give it one: case = StrategyCase(...).")
         for name, values in per_case.items():
             if name in metafunc.fixturenames:
                 pairs = [(case, value) for case in cases for value in values(case)]
@@ -101,12 +105,14 @@ class Battery:
         """Summary, paper and card are there; keys and metrics are on the card; the class carries the row."""
         info = case.info
         require(info.summary.endswith("."), f"{info.name}: the summary is not a sentence: {info.summary!r}")
-        address = re.search(r"https?://\S+", info.paper)
-        require(address and re.search(r"\b(19|20)\d\d\b", info.paper), f"{info.name}: paper without year or address")
         require(case.card_path.is_file(), f"{info.name} has no card {case.card_path}")
         found = _sections(case.card_path)
         require(all(found.get(name) for name in _SECTIONS), f"{case.card_path}: needs the sections {_SECTIONS}")
-        require(address and address[0] in found["References"], f"{case.card_path} does not cite {info.paper}")
+        if info.paper:  # a method may be its authors' own
+            (address, *_) = re.findall(r"https?://\S+", info.paper) or [""]
+            dated = re.search(r"\b(19|20)\d\d\b", info.paper)
+            require(address and dated, f"{info.name}: a paper without year or address: {info.paper!r}")
+            require(address in found["References"], f"{case.card_path} does not cite {info.paper}")
         for name, keys in {"State": info.state_keys, "Metrics": info.metrics}.items():
             missing = [key for key in keys if f"`{key}`" not in found[name]]
             require(not missing, f"{case.card_path} does not tell of {missing} under {name}")
@@ -203,7 +209,7 @@ class Battery:
             keys = set() if state is None else set(state)
             require(
                 keys == case.state_keys,
-                f"{case.id}: after step {cut} the checkpoint has {sorted(keys)}, the row says {sorted(case.state_keys)}",
+                f"{case.id}: after step {cut} a checkpoint has {sorted(keys)}, the row {sorted(case.state_keys)}",
             )
             if state is not None:
                 case.info.read_state(state)
@@ -265,14 +271,16 @@ class Battery:
     # ------------------------------------------------------------------------------------------ refusals and figures
 
     def test_every_conflict_of_the_row_is_refused(self, case: Any, conflict: str) -> None:
-        """Before the first step, with an UnsupportedCombinationError that names the method."""
+        """Before the first step, with a typed error that names the method."""
         require(conflict in case.info.conflicts, f"{case.id}: provokes {conflict!r}, which is no conflict of the row")
         require(conflict in case.refusals, f"{case.id}: no provocation for the conflict {conflict!r} of the row")
         provoke = case.refusals[conflict]
-        kinds, message, steps = _provoked(case, provoke) if callable(provoke) else self._refused(case, provoke)
+        kinds, message, steps = _called(case, provoke.call) if provoke.call else self._refused(case, provoke)
         require(kinds, f"{case.id}: {conflict!r} is not refused")
-        require(UnsupportedCombinationError.__name__ in kinds, f"{case.id}: {conflict!r} ends in {kinds[0]}: {message}")
-        named = case.info.name in message or case.info.class_name in message
+        typed = provoke.error in kinds and EffError.__name__ in kinds
+        require(typed, f"{case.id}: {conflict!r} is to end in {provoke.error}, and does in {kinds[:1]}: {message}")
+        names = (case.info.name, case.info.class_name, *case.named)
+        named = any(name in message for name in names)
         require(named, f"{case.id}: the refusal of {conflict!r} does not name the method: {message}")
         require(steps == 0, f"{case.id}: {conflict!r} is refused only after step {steps}")
 
@@ -303,9 +311,9 @@ class Battery:
         require(not invented, f"{case.id}: unlogged names what the row does not document: {sorted(invented)}")
 
 
-def _provoked(case: Any, provoke: Callable[[Any], object]) -> tuple[tuple[str, ...], str, int]:
+def _called(case: Any, call: Callable[[Any], object]) -> tuple[tuple[str, ...], str, int]:
     try:
-        provoke(made(case.plan()))
+        call(made(case.plan()))
     except Exception as error:  # noqa: BLE001 - which it is, is what the test looks at
         return tuple(kind.__name__ for kind in type(error).__mro__), str(error), 0
     return (), "", 0

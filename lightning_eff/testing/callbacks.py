@@ -32,6 +32,8 @@ class CallbackBattery(Battery):
 
     def test_two_ranks_stay_replicas_and_resume(self, case: Any) -> None:
         """Under data parallelism, each with its own part of the data."""
+        if case.alone:
+            pytest.skip(case.alone)
         first, second = self.run(case.plan(world=2))
         told = differences(second.weights, first.weights, "weights of the two ranks")
         require(not told, f"{case.id}: {told[:4]}")

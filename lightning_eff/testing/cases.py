@@ -12,27 +12,28 @@ from typing import Any, ClassVar
 from lightning_eff.methods import MethodInfo
 from lightning_eff.testing.runs import STEPS, Plan
 
-__all__ = ["CallbackCase", "Case", "Provocation", "StrategyCase", "collect_cases", "ddp"]
+__all__ = ["CallbackCase", "Case", "Provocation", "StrategyCase", "collect_cases"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Provocation:
-    """A run that the method must refuse before its first step.
+    """A run, or a call, that the method must refuse before its first step.
 
     Attributes:
         trainer: options of the Trainer, beside or in place of the case's.
         task: options of the task.
         options: arguments of the method.
         world: number of processes; 0 for as many as the case has.
+        call: called with a new object of the method in place of a run.
+        error: name of the error that is raised, or of one above it.
     """
 
     trainer: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     world: int = 0
-
-
-Provoke = Provocation | Callable[[Any], object]
-"""A run, or a function that is called with a new object of the method and has to raise."""
+    call: Callable[[Any], object] | None = None
+    error: str = "UnsupportedCombinationError"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class Case:
         no_state: what of the row's is not there with these options.
         wrong: argument -> a value that a ConfigurationError has to name.
         refusals: key of the row's conflicts -> how it is provoked.
+        named: what a refusal may call the method, beside its name and its class.
         unlogged: documented metric -> why a run with ``options`` does not log it.
         card: file of the method card; by default the one in this package.
     """
@@ -77,7 +79,8 @@ class Case:
     state: tuple[str, ...] | None = None
     no_state: tuple[str, ...] = ()
     wrong: Mapping[str, Any] = field(default_factory=dict)
-    refusals: Mapping[str, Provoke] = field(default_factory=dict)
+    refusals: Mapping[str, Provocation] = field(default_factory=dict)
+    named: tuple[str, ...] = ()
     unlogged: Mapping[str, str] = field(default_factory=dict)
     card: Path | None = None
 
@@ -150,7 +153,9 @@ class Case:
             changes: of the plan's fields.
         """
         path = self.paths[root or self.root]
-        return self.plain_plan(root, **{"path": path, "options": self.at_work if options is None else options, **changes})
+        return self.plain_plan(
+            root, **{"path": path, "options": self.at_work if options is None else options, **changes}
+        )
 
     @property
     def at_work(self) -> Mapping[str, Any]:
@@ -212,7 +217,13 @@ class StrategyCase(Case):
 
 @dataclass(frozen=True, kw_only=True)
 class CallbackCase(Case):
-    """A callback for :class:`~lightning_eff.testing.callbacks.CallbackBattery`."""
+    """A callback for :class:`~lightning_eff.testing.callbacks.CallbackBattery`.
+
+    Attributes:
+        alone: why it is not tried on two ranks; empty if it is.
+    """
+
+    alone: str = ""
 
     kind: ClassVar[str] = "callback"
     module: ClassVar[str] = "callbacks"
@@ -222,15 +233,10 @@ class CallbackCase(Case):
         return checkpoint.get("callbacks", {}).get(self.info.class_name)
 
 
-def ddp(root: str) -> Any:
-    """Return plain data parallelism over gloo, as a Trainer's option ``strategy``."""
-    return importlib.import_module(f"{root}.strategies").DDPStrategy(process_group_backend="gloo")
-
-
 def collect_cases(folder: str | Path, package: str, kind: type[Case]) -> tuple[Any, ...]:
     """Return the cases of one kind from every module ``cases_*.py`` below a folder.
 
-    A module has them in ``CASES``, or one in ``CASE``.
+    A module has them in ``CASES``.
 
     Args:
         folder: of the package.
@@ -241,5 +247,5 @@ def collect_cases(folder: str | Path, package: str, kind: type[Case]) -> tuple[A
     for file in sorted(Path(folder).rglob("cases_*.py")):
         inner = file.relative_to(folder).with_suffix("").parts
         module = importlib.import_module(".".join((package, *inner)))
-        found += getattr(module, "CASES", ()) or (module.CASE,)
+        found += module.CASES
     return tuple(case for case in found if isinstance(case, kind))

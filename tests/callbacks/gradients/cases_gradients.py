@@ -10,14 +10,14 @@ from lightning_eff.testing import CallbackCase, Provocation
 from lightning_eff.testing.tasks import fp16_scaler, strategy_of
 
 
-def under(name: str) -> Any:
+def under(name: str) -> Provocation:
     """Provoke with one of Lightning's strategies that cannot be built here."""
 
     def provoke(callback: Any) -> None:
         strategy = strategy_of("lightning.pytorch", name)
         callback.on_fit_start(SimpleNamespace(strategy=strategy, precision="32-true"), None)
 
-    return provoke
+    return Provocation(call=provoke)
 
 
 SHARDED = {"fsdp": under("FSDPStrategy"), "deepspeed": under("DeepSpeedStrategy")}
