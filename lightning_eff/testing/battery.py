@@ -265,8 +265,8 @@ class Battery:
         app = command(module, run=False, args=[f"--config={folder / 'config.yaml'}"], trainer_defaults=quiet)
         if case.kind == "strategy":
             return app.trainer.strategy
-        name = case.info.class_name
-        return next((callback for callback in app.trainer.callbacks if type(callback).__name__ == name), None)
+        kind = imported(case.paths[root])
+        return next((callback for callback in app.trainer.callbacks if type(callback) is kind), None)
 
     # ------------------------------------------------------------------------------------------ refusals and figures
 

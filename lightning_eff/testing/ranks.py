@@ -1,7 +1,7 @@
 """Real process groups for a battery: ``run_ranks(fn, 2, ...)`` runs ``fn(rank, world_size, ...)`` on two processes.
 
 A Python with torch takes seconds to start, so the processes are started once and serve every later call; each call has
-a rendezvous of its own, on another port. Processes of a call that failed are ended and replaced.
+a rendezvous of its own, on another port. A process that has ended, or does not return, is replaced.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class RanksFailedError(RuntimeError):
 @dataclass(frozen=True)
 class _Failure:
     text: str
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,29 @@ def run_ranks(fn: Callable[..., T], world_size: int, *args: Any, timeout_s: floa
                   "TORCHELASTIC_RUN_ID": "battery"}  # fmt: skip
         worker.pipe.send_bytes(pickle.dumps((fn, (rank, world_size, *args), launch)))
     answers = _collect(chosen, timeout_s)
-    failed = {rank: answer.text for rank, answer in answers.items() if isinstance(answer, _Failure)}
+    failed = {rank: answer for rank, answer in sorted(answers.items()) if isinstance(answer, _Failure)}
+    for rank, failure in failed.items():
+        if failure.lost:
+            _end(chosen[rank])
     if failed:
-        close_ranks()
-        raise RanksFailedError("\n".join(f"--- rank {rank}\n{text}" for rank, text in sorted(failed.items())))
+        raise RanksFailedError("\n".join(f"--- rank {rank}\n{failure.text}" for rank, failure in failed.items()))
     return [answers[rank] for rank in range(world_size)]
 
 
 def close_ranks() -> None:
     """End all processes; the next call starts others."""
     while _workers:
-        worker = _workers.pop()
-        worker.pipe.close()
-        worker.process.kill()
-        worker.process.join(5.0)
+        _end(_workers[-1])
 
 
 atexit.register(close_ranks)
+
+
+def _end(worker: _Worker) -> None:
+    _workers.remove(worker)
+    worker.pipe.close()
+    worker.process.kill()
+    worker.process.join(5.0)
 
 
 def _started() -> _Worker:
@@ -114,10 +121,10 @@ def _collect(workers: list[_Worker], timeout_s: float) -> dict[int, Any]:
             try:
                 answers[rank] = pickle.loads(workers[rank].pipe.recv_bytes())  # noqa: S301 - of our own process
             except (EOFError, OSError):
-                answers[rank] = _Failure("its process has ended")
+                answers[rank] = _Failure("its process has ended", lost=True)
             if isinstance(answers[rank], _Failure):
                 deadline = min(deadline, time.monotonic() + _AFTERMATH_S)
-    late = {rank: _Failure("it has not returned") for rank in range(len(workers)) if rank not in answers}
+    late = {rank: _Failure("it has not returned", lost=True) for rank in range(len(workers)) if rank not in answers}
     return {**answers, **late}
 
 
