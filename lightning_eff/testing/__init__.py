@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from lightning_eff.testing.battery import Battery
 from lightning_eff.testing.callbacks import CallbackBattery
-from lightning_eff.testing.cases import CallbackCase, Case, Provocation, StrategyCase, collect_cases
+from lightning_eff.testing.cases import CallbackCase, Case, PrecisionCase, Provocation, StrategyCase, collect_cases
+from lightning_eff.testing.layers import QuantizedPrecisionBattery
+from lightning_eff.testing.precision import PrecisionBattery
 from lightning_eff.testing.ranks import RanksFailedError, close_ranks, run_ranks
 from lightning_eff.testing.runs import Outcome, Plan
 from lightning_eff.testing.strategies import StrategyBattery
@@ -19,7 +21,10 @@ __all__ = [
     "Case",
     "Outcome",
     "Plan",
+    "PrecisionBattery",
+    "PrecisionCase",
     "Provocation",
+    "QuantizedPrecisionBattery",
     "RanksFailedError",
     "StrategyBattery",
     "StrategyCase",

@@ -122,8 +122,8 @@ class Battery:
         )
         shell = info.load_mixin()
         require(shell.__doc__, f"{info.name}: {shell.__name__} has no docstring")
-        carried = getattr(imported(case.paths[case.root]), "info", None)
-        require(carried is info, f"{info.name}: the class carries {carried!r} in place of its row")
+        carried = getattr(made(case.plan()), "info", None)
+        require(carried is info, f"{info.name}: the object carries {carried!r} in place of its row")
 
     def test_wrong_options_are_named(self, case: Any) -> None:
         """A ConfigurationError says which argument it does not take."""
@@ -169,6 +169,17 @@ class Battery:
             f"{case.paths[root]} has no base class of {root}",
         )
         same_run(self.run(case.plan(root)), self.run(case.plan()), f"{case.id}: {root} and {case.root} differ")
+
+    def test_evaluation_leaves_no_trace(self, case: Any) -> None:
+        """Validation between the steps, over other data, changes neither the weights nor what is remembered."""
+        every = 2 * case.trainer.get("accumulate_grad_batches", 1)
+        between = {**case.trainer, "limit_val_batches": 3, "val_check_interval": every}
+        with_it, without = self.run(case.plan(trainer=between)), self.run(case.plan())
+        require("val_loss" in with_it[0].logged, f"{case.id}: nothing was evaluated")
+        same_run(with_it, without, f"{case.id}: evaluation changes the run")
+        ours, theirs = (case.state_of(found[0].checkpoint) for found in (with_it, without))
+        told = differences(ours, theirs, "state")
+        require(not told, f"{case.id}: evaluation changes the state: {told[:8]}")
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -239,7 +250,7 @@ class Battery:
         """``class_path`` and ``init_args`` in a YAML file make the object that Python makes."""
         path = case.paths[root]
         config = {"class_path": path.replace(":", "."), "init_args": _as_in_yaml(case.at_work)}
-        given: Any = [config] if case.kind == "callback" else config
+        given: Any = config if case.kind == "strategy" else [config]
         found = self.from_yaml(case, root, {self.trainer_option(case): given}, tmp_path, monkeypatch)
         require(type(found) is imported(path), f"{case.id}: YAML made a {type(found)}")
         told = differences(plain_options(found), plain_options(made(case.plan(root))), "attributes")
@@ -247,7 +258,7 @@ class Battery:
 
     def trainer_option(self, case: Any) -> str:
         """Return the name of the Trainer's option that takes the method."""
-        return "callbacks" if case.kind == "callback" else str(case.kind)
+        return {"callback": "callbacks", "precision": "plugins"}.get(case.kind, str(case.kind))
 
     def from_yaml(
         self, case: Any, root: str, trainer: Mapping[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -265,6 +276,8 @@ class Battery:
         app = command(module, run=False, args=[f"--config={folder / 'config.yaml'}"], trainer_defaults=quiet)
         if case.kind == "strategy":
             return app.trainer.strategy
+        if case.kind == "precision":
+            return app.trainer.precision_plugin
         kind = imported(case.paths[root])
         return next((callback for callback in app.trainer.callbacks if type(callback) is kind), None)
 

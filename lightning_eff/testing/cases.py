@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from lightning_eff.methods import MethodInfo
 from lightning_eff.testing.runs import STEPS, Plan
 
-__all__ = ["CallbackCase", "Case", "Provocation", "StrategyCase", "collect_cases"]
+__all__ = ["CallbackCase", "Case", "PrecisionCase", "Provocation", "StrategyCase", "collect_cases"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +231,45 @@ class CallbackCase(Case):
     def state_of(self, checkpoint: Mapping[str, Any]) -> Any:
         """See :class:`Case`."""
         return checkpoint.get("callbacks", {}).get(self.info.class_name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionCase(Case):
+    """A precision plugin for :class:`~lightning_eff.testing.precision.PrecisionBattery`.
+
+    Attributes:
+        alone: why it is not tried on two ranks; empty if it is.
+        remembering: options with which a run remembers something that the next steps need; None if it never does.
+        saved_bits: bits that a converted layer keeps of each of its inputs.
+    """
+
+    neutral: Mapping[str, Any] | None = None
+    no_neutral: str = "it rounds in every setting"
+    alone: str = ""
+    remembering: Mapping[str, Any] | None = None
+    saved_bits: int = 8
+
+    kind: ClassVar[str] = "precision"
+    module: ClassVar[str] = "precision"
+
+    @property
+    def at_work(self) -> Mapping[str, Any]:
+        """See :class:`Case`; what the method's string means is part of it."""
+        return {**self.info.options, **self.options}
+
+    def plain_plan(self, root: str = "", **changes: Any) -> Plan:
+        """See :class:`Case`; two ranks accumulate, so that a step has gradients of several micro-batches."""
+        two = {"trainer": {**self.trainer, "accumulate_grad_batches": 2}} if changes.get("world") == 2 else {}
+        return Case.plain_plan(self, root, **{**two, **changes})
+
+    def plan(self, root: str = "", options: Mapping[str, Any] | None = None, **changes: Any) -> Plan:
+        """See :class:`Case`."""
+        return Case.plan(self, root, None if options is None else {**self.info.options, **options}, **changes)
+
+    def string_plan(self, root: str = "", base: str = "", **changes: Any) -> Plan:
+        """Return a run with the method's string, on the Lightning precision ``base`` or the method's own."""
+        string = f"{self.info.name}+{base}" if base else self.info.name
+        return self.plain_plan(root, string=string, **changes)
 
 
 def collect_cases(folder: str | Path, package: str, kind: type[Case]) -> tuple[Any, ...]:

@@ -92,6 +92,7 @@ class Outcome:
 
     Attributes:
         weights: parameters and buffers when training had ended.
+        layers: name of every layer -> its class, when training had ended.
         checkpoint: what was saved at the end, as ``torch.load(weights_only=True)`` reads it.
         losses: of every micro-batch, as Lightning's hooks see it.
         logged: values of every logged key, in the order in which the logger got them (of rank 0).
@@ -101,6 +102,7 @@ class Outcome:
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, str] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     logged: dict[str, list[float]] = field(default_factory=dict)
@@ -162,14 +164,33 @@ def train(rank: int, world_size: int, plan: Plan, folder: str) -> Outcome:
 
 
 def _refusal_or_fit(rank: int, world_size: int, plan: Plan, folder: str) -> Outcome:
-    steps = [0]
+    seen = _Seen()
     if not plan.may_fail:
-        return _fit(rank, world_size, plan, folder, steps)
+        return _fit(rank, world_size, plan, folder, seen)
     try:
-        return _fit(rank, world_size, plan, folder, steps)
+        return _fit(rank, world_size, plan, folder, seen)
     except Exception as error:  # noqa: BLE001 - which it is, is what the caller wants to know
         kinds = tuple(kind.__name__ for kind in type(error).__mro__)
-        return Outcome(refusal=Refusal(kinds, str(error), steps[0]))
+        return Outcome(weights=seen.weights(), layers=seen.layers(), refusal=Refusal(kinds, str(error), seen.steps))
+
+
+@dataclass
+class _Seen:
+    """What is known of a run however it ends."""
+
+    steps: int = 0
+    module: Any = None
+
+    def weights(self) -> dict[str, Tensor]:
+        if self.module is None:
+            return {}
+        return {name: value.detach().clone() for name, value in self.module.state_dict().items()}
+
+    def layers(self) -> dict[str, str]:
+        if self.module is None:
+            return {}
+        named = self.module.named_modules()
+        return {name: f"{type(layer).__module__}.{type(layer).__qualname__}" for name, layer in named if name}
 
 
 def imported(path: str) -> Any:
@@ -183,18 +204,18 @@ def made(plan: Plan) -> Any:
     return plan.string or imported(plan.path)(**plan.options)
 
 
-def _fit(rank: int, world_size: int, plan: Plan, folder: str, steps: list[int]) -> Outcome:
+def _fit(rank: int, world_size: int, plan: Plan, folder: str, seen: _Seen) -> Outcome:
     method = made(plan) if plan.path or plan.string else None
     if "used" in plan.copy:
-        _train(rank, world_size, replace(plan, copy=""), f"{folder}/used", steps, method)
+        _train(rank, world_size, replace(plan, copy=""), f"{folder}/used", seen, method)
     if plan.copy:
         method = pickle.loads(pickle.dumps(method)) if "pickle" in plan.copy else copy.deepcopy(method)  # noqa: S301
-    return _train(rank, world_size, plan, folder, steps, method)
+    return _train(rank, world_size, plan, folder, seen, method)
 
 
-def _train(rank: int, world_size: int, plan: Plan, folder: str, steps: list[int], method: Any) -> Outcome:
+def _train(rank: int, world_size: int, plan: Plan, folder: str, seen: _Seen, method: Any) -> Outcome:
     pl: Any = importlib.import_module(plan.root)
-    outcome, torch_seed = Outcome(folder=folder), plan.seed
+    outcome = Outcome(folder=folder)
     given = {name: value(plan.root) if _is_function(value) else value for name, value in plan.trainer.items()}
     micro_batches = given.get("accumulate_grad_batches", 1)
     callbacks, place = list(given.pop("callbacks", ())), _place_of(plan, method)
@@ -202,18 +223,19 @@ def _train(rank: int, world_size: int, plan: Plan, folder: str, steps: list[int]
     options = {
         **dict(accelerator="cpu", devices=world_size, max_epochs=EPOCHS, num_sanity_val_steps=0, log_every_n_steps=1),
         **dict(enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False),
-        **dict(use_distributed_sampler=False, default_root_dir=folder, logger=_logger(plan.root, outcome)),
+        **dict(limit_val_batches=0, use_distributed_sampler=False),
+        **dict(default_root_dir=folder, logger=_logger(plan.root, outcome)),
         **_plain_strategy(plan.root, world_size),
         **given,
         **place,
     }
-    torch.manual_seed(torch_seed)
-    module = imported(plan.task)(plan.root, **plan.task_options)
-    trainer = pl.Trainer(callbacks=[*callbacks, _probe(plan.root, outcome, plan.saves, steps)], **options)
+    torch.manual_seed(plan.seed)
+    seen.module = module = imported(plan.task)(plan.root, **plan.task_options)
+    trainer = pl.Trainer(callbacks=[*callbacks, _probe(plan.root, outcome, plan.saves, seen)], **options)
     loader = ResumableLoader(STEPS // EPOCHS * micro_batches, rank=0 if plan.same_data else rank)
-    torch.manual_seed(torch_seed)
+    torch.manual_seed(plan.seed)
     trainer.fit(module, loader, ckpt_path=plan.resume or None)
-    outcome.weights = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    outcome.weights, outcome.layers = seen.weights(), seen.layers()
     outcome.checkpoint = torch.load(f"{folder}/end.ckpt", weights_only=True)
     return outcome
 
@@ -256,7 +278,7 @@ def _logger(root: str, outcome: Outcome) -> Any:
     return Kept()
 
 
-def _probe(root: str, outcome: Outcome, saves: Iterable[int], steps: list[int]) -> Any:
+def _probe(root: str, outcome: Outcome, saves: Iterable[int], seen: _Seen) -> Any:
     """Return a callback that notes losses and saves checkpoints, as a user's would."""
     base: Any = importlib.import_module(f"{root}.callbacks").Callback
     waiting = set(saves)
@@ -265,10 +287,10 @@ def _probe(root: str, outcome: Outcome, saves: Iterable[int], steps: list[int]) 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             outcome.losses.append(float("nan") if loss is None else float(loss))
-            steps[0] = int(trainer.global_step)
-            if steps[0] in waiting:
-                waiting.remove(steps[0])
-                trainer.save_checkpoint(outcome.saved(steps[0]))
+            seen.steps = int(trainer.global_step)
+            if seen.steps in waiting:
+                waiting.remove(seen.steps)
+                trainer.save_checkpoint(outcome.saved(seen.steps))
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.save_checkpoint(f"{outcome.folder}/end.ckpt")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -21,15 +22,15 @@ FEATURES, CLASSES, BATCH = 8, 3, 4
 Randomness = Literal["task", "torch"]
 
 
-def net(*, width: int = 16, dropout: float = 0.2) -> nn.Sequential:
+def net(*, width: int = 16, dropout: float = 0.2, bias: bool = True) -> nn.Sequential:
     """Return four linear layers with dropout between them; equal arguments give equal weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(
-            *(nn.Linear(FEATURES, width), nn.ReLU(), nn.Dropout(dropout)),
-            *(nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout)),
-            *(nn.Linear(width, width), nn.ReLU()),
-            nn.Linear(width, CLASSES),
+            *(nn.Linear(FEATURES, width, bias=bias), nn.ReLU(), nn.Dropout(dropout)),
+            *(nn.Linear(width, width, bias=bias), nn.Tanh(), nn.Dropout(dropout)),
+            *(nn.Linear(width, width, bias=bias), nn.ReLU()),
+            nn.Linear(width, CLASSES, bias=bias),
         )
 
 
@@ -50,15 +51,26 @@ def task_class(root: str) -> type[Any]:
             dropout: share of hidden features that is dropped.
             randomness: who restores the dropout of a run that is cut: ``"task"`` draws it from the place in the run,
                 ``"torch"`` from torch's generator, for methods that put the generator back by themselves.
+            bias: whether the layers have one.
             manual: optimize by hand.
+            spoil: ``"loss"`` makes every loss NaN; the name of a layer, one element of the gradient at its output.
         """
 
         def __init__(
-            self, width: int = 16, dropout: float = 0.2, randomness: Randomness = "task", manual: bool = False
+            self,
+            width: int = 16,
+            dropout: float = 0.2,
+            randomness: Randomness = "task",
+            bias: bool = True,
+            manual: bool = False,
+            spoil: str = "",
         ) -> None:
             super().__init__()
-            self.net = net(width=width, dropout=dropout)
+            self.net = net(width=width, dropout=dropout, bias=bias)
             self.randomness = randomness
+            self.spoil = spoil
+            if spoil not in ("", "loss"):
+                self.get_submodule(spoil).register_forward_hook(_spoil_gradient)
             self.automatic_optimization = not manual
 
         def forward(self, x: Tensor) -> Tensor:
@@ -70,6 +82,8 @@ def task_class(root: str) -> type[Any]:
             """Return the loss of one micro-batch, and log it."""
             with self._stream(batch_idx):
                 loss = F.cross_entropy(self(batch[0]), batch[1])
+            if self.spoil == "loss":
+                loss = loss * math.nan
             self.log("loss", loss, on_step=True, on_epoch=True)
             if not self.automatic_optimization:
                 optimizer = self.optimizers()
@@ -77,6 +91,14 @@ def task_class(root: str) -> type[Any]:
                 self.manual_backward(loss)
                 optimizer.step()
             return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            """Log the loss of one micro-batch."""
+            self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+        def val_dataloader(self) -> Any:
+            """Return micro-batches that training never sees."""
+            return ResumableLoader(3, rank=50)
 
         @contextlib.contextmanager
         def _stream(self, batch_idx: int) -> Iterator[None]:
@@ -110,6 +132,17 @@ def __getattr__(name: str) -> Any:
 
 def _decayed(step: int) -> float:
     return float(0.97**step)
+
+
+def _spoil_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(_with_nan)
+
+
+def _with_nan(gradient: Tensor) -> Tensor:
+    spoilt = gradient.clone()
+    spoilt[-1, 5] = math.nan
+    return spoilt
 
 
 def task(root: str, **options: Any) -> Any:

@@ -105,7 +105,7 @@ REFUSED = ("test_every_conflict_of_the_row_is_refused", "bf16-true")
         ("LosesItsOptions", ("test_a_copy_trains_as_the_original", "pickle"), "a copy by pickle differs"),
         ("CopiesItsRun", ("test_a_copy_of_a_used_one_begins_a_new_run", "deepcopy, used"), "a copy by deepcopy, used"),
         ("ByRank", ("test_two_ranks_stay_replicas_and_resume",), "weights of the two ranks"),
-        ("WithoutRow", ("test_the_row_is_complete",), "the class carries None in place of its row"),
+        ("WithoutRow", ("test_the_row_is_complete",), "the object carries None in place of its row"),
     ],
 )
 def test_a_wrong_callback_fails(name: str, test: tuple[object, ...], told: str) -> None:

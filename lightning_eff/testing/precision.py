@@ -1,0 +1,131 @@
+"""The batteries of precision plugins: what every one has to keep, and more of those that convert layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_eff.errors import UnsupportedCombinationError
+from lightning_eff.testing.battery import require, same_run
+from lightning_eff.testing.replicas import ReplicaBattery
+from lightning_eff.testing.runs import STEPS, Outcome, differences, imported, train
+from lightning_eff.testing.tasks import net
+
+__all__ = ["PrecisionBattery", "distance"]
+
+_LOSS_SCALERS = ("16-mixed", "16-true")
+
+
+def distance(found: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Return the Euclidean distance between two sets of weights."""
+    return math.sqrt(sum(float((found[name] - other[name]).double().square().sum()) for name in found))
+
+
+class PrecisionBattery(ReplicaBattery):
+    """Tests that every precision plugin has to pass."""
+
+    def test_the_string_trains_repeatably_and_gives_the_types_back(self, case: Any, root: str, tmp_path: Path) -> None:
+        """Twice to the same weights; after the run every layer is torch's again."""
+        plan = case.string_plan(root)
+        (first,) = self.run(plan)
+        foreign = {name: kind for name, kind in first.layers.items() if not kind.startswith("torch.nn.")}
+        require(not foreign, f"{case.id}: after the run layers are {foreign}")
+        require(all(w.isfinite().all() for w in first.weights.values()), f"{case.id}: weights are not finite")
+        same_run([train(0, 1, plan, str(tmp_path))], [first], f"{case.id}: a second run differs")
+        (plain,) = self.run(case.plain_plan(root))
+        require(differences(first.weights, plain.weights), f"{case.id}: the string changes nothing")
+
+    def test_the_class_is_the_string(self, case: Any) -> None:
+        """An object of the class, with the options that the string means, trains as the string does."""
+        same_run(self.run(case.plan(options={})), self.run(case.string_plan()), f"{case.id}: class and string differ")
+
+    def test_every_composition_trains(self, case: Any) -> None:
+        """On every Lightning precision of the row losses fall; with a loss scaler the string is refused."""
+        for base in case.info.composes_with:
+            options = {**case.task_options, "dropout": 0.0}
+            (outcome,) = self.run(case.string_plan(base=base, task_options=options))
+            losses, part = outcome.losses, STEPS // 3
+            require(all(map(math.isfinite, losses)), f"{case.id}+{base}: losses are not finite")
+            require(sum(losses[-part:]) < sum(losses[:part]), f"{case.id}+{base}: losses do not fall: {losses}")
+        for base in _LOSS_SCALERS:
+            refused = self.run(case.string_plan(base=base, may_fail=True))[0].refusal
+            named = refused is not None and case.info.name in refused.message
+            typed = refused is not None and UnsupportedCombinationError.__name__ in refused.kinds
+            require(named and typed, f"{case.id}+{base} is not refused: {refused}")
+
+    def test_training_stays_close_to_float32(self, case: Any) -> None:
+        """Closer than with the noise of four bits, which is measured beside it."""
+        start = {f"net.{name}": value for name, value in net(**_of_net(case.task_options)).state_dict().items()}
+        plain, ours = self.run(case.plain_plan())[0].weights, self.run(case.string_plan())[0].weights
+        four_bits = self.run(case.plain_plan(string="luq4"))[0].weights
+        found = distance(ours, plain), distance(four_bits, plain), distance(plain, start)
+        require(0 < found[0] <= found[1] < found[2], f"{case.id}: distances of it, luq4 and the start: {found}")
+
+    def test_what_is_remembered_is_needed(self, case: Any) -> None:
+        """Negative control of the resumes: without the memory the run says so, and ends at other weights."""
+        if case.remembering is None:
+            pytest.skip("it remembers nothing")
+        plan, cut = case.plan(options=case.remembering), case.cuts[1]
+        (whole,) = self.run(plan)
+        path = self.run(replace(plan, saves=(cut,)))[0].saved(cut)
+        checkpoint = torch.load(path, weights_only=True)
+        memory = case.state_of(checkpoint)["memory"]
+        require(set(memory) >= {"net.3", "net.6"}, f"{case.id}: it remembers {sorted(memory)}")
+        memory.clear()
+        torch.save(checkpoint, f"{path}.lost")
+        (continued,) = self.run(replace(plan, resume=f"{path}.lost", seed=4))
+        told = any("the resume is not exact" in message for message in continued.warned)
+        require(told, f"{case.id}: nobody says that the memory is missing: {continued.warned}")
+        require(differences(continued.weights, whole.weights), f"{case.id}: what it remembers changes nothing")
+
+    def test_the_command_line_takes_the_string(
+        self, case: Any, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In a YAML file, for both packages."""
+        found = self.from_yaml(case, root, {"precision": case.info.name}, tmp_path, monkeypatch)
+        named = getattr(found, "eff_method", None)
+        require(named == case.info.name, f"{case.id}: the string made a plugin of {named}")
+
+    # ------------------------------------------------------------------------------------------ broken gradients
+
+    def spoilt(self, case: Any, spoil: str, **options: Any) -> Outcome:
+        """Return what is left of a run whose gradients are broken."""
+        given = {**case.task_options, **options, "spoil": spoil}
+        (outcome,) = self.run(case.string_plan(task_options=given, may_fail=True))
+        refused = outcome.refusal
+        require(refused, f"{case.id}: a broken gradient goes through")
+        require(
+            refused is not None and "NonFiniteGradientError" in refused.kinds,
+            f"{case.id}: a broken gradient ends in {refused}",
+        )
+        start = {f"net.{name}": value for name, value in net(**_of_net(given)).state_dict().items()}
+        told = differences(outcome.weights, start, "weights")
+        require(not told, f"{case.id}: a broken gradient reached the parameters: {told[:4]}")
+        return outcome
+
+    def test_a_broken_gradient_stops_before_the_parameters(self, case: Any) -> None:
+        """A loss of NaN is an error that names the method."""
+        refused = self.spoilt(case, "loss").refusal
+        told = f"{case.info.name}: the gradient is NaN or Inf"
+        require(refused and told in refused.message, f"{case.id}: {refused}")
+
+    def test_one_broken_element_of_a_gradient_is_found(self, case: Any) -> None:
+        """In layers without bias, by their weights alone."""
+        refused = self.spoilt(case, "net.3", bias=False).refusal
+        require(refused and "net.3.weight" in refused.message, f"{case.id}: {refused}")
+
+
+def _of_net(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in ("width", "dropout", "bias")}
+
+
+def new_plugin(case: Any, **options: Any) -> Any:
+    """Return a plugin of the case's first package, every layer converted."""
+    return imported(case.paths[case.root])(**{**case.at_work, "exempt_first_last": False, **options})
