@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning_eff.errors import ConfigurationError, EffError
 from lightning_eff.methods import METHODS
 from lightning_eff.testing.cases import Case
 from lightning_eff.testing.ranks import run_ranks
-from lightning_eff.testing.runs import STEPS, Launcher, Outcome, Plan, differences, imported, made, run
+from lightning_eff.testing.runs import Launcher, Outcome, Plan, differences, imported, made, run
 
 __all__ = ["Battery", "plain_options", "require", "same_run"]
 
@@ -80,7 +81,7 @@ class Battery:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Ask every promise of every case; those about cuts, packages of Lightning or refusals once for each."""
         per_case: dict[str, Callable[[Any], Iterable[str]]] = {
-            "cut": lambda case: case.cuts,
+            "cut": lambda case: case.cut_after,
             "root": lambda case: case.paths,
             "conflict": lambda case: sorted({*case.info.conflicts, *case.refusals}),
         }
@@ -144,7 +145,7 @@ class Battery:
         return case.plan(root, case.neutral), plain
 
     def test_the_neutral_setting_is_plain_lightning(self, case: Any, root: str) -> None:
-        """Twenty steps: weights, the optimizer's state, learning rates and logged losses are the same bits."""
+        """Weights, the optimizer's state, learning rates and logged losses are the same bits."""
         if case.neutral is None:
             require(case.no_neutral, f"{case.id}: no neutral setting, and no_neutral does not say why")
             pytest.skip(case.no_neutral)
@@ -185,14 +186,14 @@ class Battery:
 
     def saved(self, case: Any, **changes: Any) -> list[Outcome]:
         """Return the run that saved a checkpoint after each of the case's cuts."""
-        return self.run(case.plan(saves=tuple(case.cuts), **changes))
+        return self.run(case.plan(saves=tuple(case.cut_after), **changes))
 
     def resumed(self, case: Any, cut: int, plan: Plan) -> None:
         """Fail the test unless ``plan``, a run from the checkpoint after ``cut``, ends as the uncut run does."""
         whole = self.run(case.plan(world=plan.world))
         continued = self.run(plan)
         what = f"{case.id}: cut after step {cut}, it does not go on to the same bits"
-        same_run(continued, whole, what, skipped=cut * len(whole[0].losses) // STEPS)
+        same_run(continued, whole, what, skipped=cut * len(whole[0].losses) // case.steps)
         ours, theirs = (case.state_of(found[0].checkpoint) for found in (continued, whole))
         told = differences(ours, theirs, "state")
         require(not told, "\n".join([f"{what}: its state at the end is another", *told[:8]]))
@@ -210,12 +211,12 @@ class Battery:
         """A checkpoint belongs to the method, not to a package of Lightning."""
         if len(case.paths) < 2:
             pytest.skip(f"it has a class for {case.root} alone")
-        cut = case.cuts[1]
+        cut = case.cut_after[1]
         self.resumed(case, cut, case.plan(list(case.paths)[1], resume=self.saved(case)[0].saved(cut), seed=4))
 
     def test_the_state_in_a_checkpoint_is_that_of_the_row(self, case: Any) -> None:
         """It is read with ``weights_only=True``, has the row's keys, and the row takes it."""
-        for cut in case.cuts:
+        for cut in case.cut_after:
             state = case.state_of(torch.load(self.saved(case)[0].saved(cut), weights_only=True))
             keys = set() if state is None else set(state)
             require(
@@ -227,15 +228,15 @@ class Battery:
 
     def test_plain_lightning_goes_on_and_back_again(self, case: Any) -> None:
         """A plain Trainer passes over the method's state; the method begins anew in a plain checkpoint."""
-        cut = case.cuts[1]
-        plain = case.plain_plan(resume=self.saved(case)[0].saved(cut), saves=(STEPS // 2,))
+        cut = case.cut_after[1]
+        plain = case.plain_plan(resume=self.saved(case)[0].saved(cut), saves=(case.steps // 2,))
         on = self.run(plain)
         steps = on[0].checkpoint["global_step"]
-        require(steps == STEPS, f"{case.id}: plain Lightning ends at step {steps}")
+        require(steps == case.steps, f"{case.id}: plain Lightning ends at step {steps}")
         require(case.state_of(on[0].checkpoint) is None, f"{case.id}: plain Lightning saves the method's state")
-        back = self.run(case.plan(resume=on[0].saved(STEPS // 2)))
+        back = self.run(case.plan(resume=on[0].saved(case.steps // 2)))
         steps = back[0].checkpoint["global_step"]
-        require(steps == STEPS, f"{case.id}: resumed from plain Lightning it ends at step {steps}")
+        require(steps == case.steps, f"{case.id}: resumed from plain Lightning it ends at step {steps}")
 
     # ------------------------------------------------------------------------------------------ objects
 
@@ -314,12 +315,15 @@ class Battery:
     def test_every_logged_figure_is_documented_and_the_other_way_round(self, case: Any) -> None:
         """Keys that begin with ``eff/`` are those of the row."""
         of_others = tuple(f"eff/{name}/" for name in METHODS if name != case.info.name)
-        logged = {key for key in self.run(case.plan())[0].logged if key.startswith("eff/")}
+        figures = self.run(case.plan())[0].logged
+        logged = {key for key in figures if key.startswith("eff/")}
         documented = set(case.info.metrics)
         unknown = {key for key in logged - documented if not key.startswith(of_others)}
         require(not unknown, f"{case.id} logs what its row does not document: {sorted(unknown)}")
         silent = documented - logged - set(case.unlogged)
         require(not silent, f"{case.id} does not log what its row documents: {sorted(silent)}")
+        broken = sorted(key for key in logged if not all(map(math.isfinite, figures[key])))
+        require(not broken, f"{case.id} logs what is not finite: {broken}")
         invented = set(case.unlogged) - documented
         require(not invented, f"{case.id}: unlogged names what the row does not document: {sorted(invented)}")
 

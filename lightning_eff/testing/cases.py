@@ -53,7 +53,9 @@ class Case:
         trainer: options of every Trainer. A function stands for what it returns for the package of Lightning.
         task: ``"module:function"`` that makes the LightningModule.
         task_options: what it is called with, beside the package of Lightning.
-        cuts: optimizer steps after which a run is cut; of 20 in two epochs.
+        steps: optimizer steps of a run, in two epochs; an even number.
+        cuts: optimizer steps after which a run is cut, two or more; by default after the first step, within the first
+            epoch, at its end, and before the last step.
         state: keys that the method keeps in a checkpoint; by default the row's.
         no_state: what of the row's is not there with these options.
         wrong: argument -> a value that a ConfigurationError has to name.
@@ -75,7 +77,8 @@ class Case:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     task: str = "lightning_eff.testing.tasks:task"
     task_options: Mapping[str, Any] = field(default_factory=dict)
-    cuts: Sequence[int] = (1, 7, STEPS // 2, STEPS - 1)
+    steps: int = STEPS
+    cuts: Sequence[int] = ()
     state: tuple[str, ...] | None = None
     no_state: tuple[str, ...] = ()
     wrong: Mapping[str, Any] = field(default_factory=dict)
@@ -115,6 +118,11 @@ class Case:
         return next(iter(self.paths))
 
     @property
+    def cut_after(self) -> tuple[int, ...]:
+        """Optimizer steps after which a run is cut."""
+        return tuple(self.cuts) or (1, self.steps // 3, self.steps // 2, self.steps - 1)
+
+    @property
     def state_keys(self) -> set[str]:
         """Keys that are expected in a checkpoint of the method at work."""
         keys = self.info.state_keys if self.state is None else self.state
@@ -138,6 +146,7 @@ class Case:
             "trainer": self.trainer,
             "task": self.task,
             "task_options": self.task_options,
+            "steps": self.steps,
             "world": self.world,
             "own_process": self.own_process,
             "imports": self.imports,

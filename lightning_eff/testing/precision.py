@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_eff.errors import UnsupportedCombinationError
 from lightning_eff.testing.battery import require, same_run
 from lightning_eff.testing.replicas import ReplicaBattery
-from lightning_eff.testing.runs import STEPS, Outcome, differences, imported, train
+from lightning_eff.testing.runs import Outcome, differences, imported, train
 from lightning_eff.testing.tasks import net
 
 __all__ = ["PrecisionBattery", "distance"]
@@ -51,7 +51,7 @@ class PrecisionBattery(ReplicaBattery):
         for base in case.info.composes_with:
             options = {**case.task_options, "dropout": 0.0}
             (outcome,) = self.run(case.string_plan(base=base, task_options=options))
-            losses, part = outcome.losses, STEPS // 3
+            losses, part = outcome.losses, case.steps // 3
             require(all(map(math.isfinite, losses)), f"{case.id}+{base}: losses are not finite")
             require(sum(losses[-part:]) < sum(losses[:part]), f"{case.id}+{base}: losses do not fall: {losses}")
         for base in _LOSS_SCALERS:
@@ -72,7 +72,7 @@ class PrecisionBattery(ReplicaBattery):
         """Negative control of the resumes: without the memory the run says so, and ends at other weights."""
         if case.remembering is None:
             pytest.skip("it remembers nothing")
-        plan, cut = case.plan(options=case.remembering), case.cuts[1]
+        plan, cut = case.plan(options=case.remembering), case.cut_after[1]
         (whole,) = self.run(plan)
         path = self.run(replace(plan, saves=(cut,)))[0].saved(cut)
         checkpoint = torch.load(path, weights_only=True)
@@ -92,6 +92,15 @@ class PrecisionBattery(ReplicaBattery):
         found = self.from_yaml(case, root, {"precision": case.info.name}, tmp_path, monkeypatch)
         named = getattr(found, "eff_method", None)
         require(named == case.info.name, f"{case.id}: the string made a plugin of {named}")
+
+    def test_ranks_remember_the_same(self, case: Any) -> None:
+        """Any rank may be asked for the state: it has drawn and predicted what the others have."""
+        if case.alone:
+            pytest.skip(case.alone)
+        first, second = self.run(case.plan(world=2))
+        told = differences(second.own_state, first.own_state, "states of ranks 1 and 0")
+        require(not told, f"{case.id}: {told[:8]}")
+        require(set(first.own_state) == case.state_keys, f"{case.id}: its state has {sorted(first.own_state)}")
 
     # ------------------------------------------------------------------------------------------ broken gradients
 

@@ -22,7 +22,7 @@ class ReplicaBattery(Battery):
         first, second = self.run(case.plan(world=2))
         told = differences(second.weights, first.weights, "weights of the two ranks")
         require(not told, f"{case.id}: {told[:4]}")
-        cut = case.cuts[1]
+        cut = case.cut_after[1]
         path = self.saved(case, world=2)[0].saved(cut)
         self.resumed(case, cut, case.plan(world=2, resume=path, seed=4))
 

@@ -47,6 +47,7 @@ class Plan:
         trainer: further options of the Trainer. A function stands for what it returns for ``root``.
         task: ``"module:function"``, called with ``root`` and ``task_options``.
         task_options: see there.
+        steps: optimizer steps, in two epochs; an even number.
         world: number of processes.
         own_process: whether the run needs processes of its own even if it is one: it forms a process group.
         same_data: all ranks see the same micro-batches.
@@ -66,6 +67,7 @@ class Plan:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     task: str = "lightning_eff.testing.tasks:task"
     task_options: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = STEPS
     world: int = 1
     own_process: bool = False
     same_data: bool = False
@@ -94,6 +96,7 @@ class Outcome:
         weights: parameters and buffers when training had ended.
         layers: name of every layer -> its class, when training had ended.
         checkpoint: what was saved at the end, as ``torch.load(weights_only=True)`` reads it.
+        own_state: of a precision plugin, on this rank, at the end.
         losses: of every micro-batch, as Lightning's hooks see it.
         logged: values of every logged key, in the order in which the logger got them (of rank 0).
         warned: messages of the warnings.
@@ -104,6 +107,7 @@ class Outcome:
     weights: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
     checkpoint: dict[str, Any] = field(default_factory=dict)
+    own_state: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     logged: dict[str, list[float]] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
@@ -232,7 +236,7 @@ def _train(rank: int, world_size: int, plan: Plan, folder: str, seen: _Seen, met
     torch.manual_seed(plan.seed)
     seen.module = module = imported(plan.task)(plan.root, **plan.task_options)
     trainer = pl.Trainer(callbacks=[*callbacks, _probe(plan.root, outcome, plan.saves, seen)], **options)
-    loader = ResumableLoader(STEPS // EPOCHS * micro_batches, rank=0 if plan.same_data else rank)
+    loader = ResumableLoader(plan.steps // EPOCHS * micro_batches, rank=0 if plan.same_data else rank)
     torch.manual_seed(plan.seed)
     trainer.fit(module, loader, ckpt_path=plan.resume or None)
     outcome.weights, outcome.layers = seen.weights(), seen.layers()
@@ -293,6 +297,7 @@ def _probe(root: str, outcome: Outcome, saves: Iterable[int], seen: _Seen) -> An
                 trainer.save_checkpoint(outcome.saved(seen.steps))
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            outcome.own_state = dict(trainer.precision_plugin.state_dict())
             trainer.save_checkpoint(f"{outcome.folder}/end.ckpt")
 
     return Probe()

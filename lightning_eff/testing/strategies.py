@@ -58,7 +58,7 @@ class StrategyBattery(Battery):
         """And the other way round, where one process emulates many."""
         if not case.emulated:
             pytest.skip("it is not emulated by one process")
-        cut = case.cuts[1]
+        cut = case.cut_after[1]
         for saving, going_on in ((case.num_ranks, 1), (1, case.num_ranks)):
             path = self.saved(case, world=saving)[0].saved(cut)
             self.resumed(case, cut, case.plan(world=going_on, resume=path, seed=4))

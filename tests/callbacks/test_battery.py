@@ -16,7 +16,7 @@ class TestCallbacks(CallbackBattery):
     """See ``lightning_eff.testing.callbacks``."""
 
     cases = CASES
-    launch = staticmethod(functools.partial(run_ranks, init_group=False))
+    launch = staticmethod(functools.partial(run_ranks, init_group=False, timeout_s=100.0))
 
 
 def test_every_row_has_a_case() -> None:
