@@ -72,18 +72,20 @@ class PrecisionBattery(ReplicaBattery):
         """Negative control of the resumes: without the memory the run says so, and ends at other weights."""
         if case.remembering is None:
             pytest.skip("it remembers nothing")
-        plan, cut = case.plan(options=case.remembering), case.cut_after[1]
-        (whole,) = self.run(plan)
-        path = self.run(replace(plan, saves=(cut,)))[0].saved(cut)
-        checkpoint = torch.load(path, weights_only=True)
-        memory = case.state_of(checkpoint)["memory"]
-        require(set(memory) >= {"net.3", "net.6"}, f"{case.id}: it remembers {sorted(memory)}")
-        memory.clear()
-        torch.save(checkpoint, f"{path}.lost")
-        (continued,) = self.run(replace(plan, resume=f"{path}.lost", seed=4))
-        told = any("the resume is not exact" in message for message in continued.warned)
-        require(told, f"{case.id}: nobody says that the memory is missing: {continued.warned}")
-        require(differences(continued.weights, whole.weights), f"{case.id}: what it remembers changes nothing")
+        plan = case.plan(options=case.remembering)
+        (whole,), (saved,) = self.run(plan), self.run(replace(plan, saves=tuple(case.cut_after)))
+        changed = []
+        for cut in case.cut_after:
+            checkpoint = torch.load(saved.saved(cut), weights_only=True)
+            memory = case.state_of(checkpoint)["memory"]
+            require(set(memory) >= {"net.3", "net.6"}, f"{case.id}: it remembers {sorted(memory)}")
+            memory.clear()
+            torch.save(checkpoint, path := saved.saved(cut) + ".lost")
+            (continued,) = self.run(replace(plan, resume=path, seed=4))
+            told = any("the resume is not exact" in message for message in continued.warned)
+            require(told, f"{case.id}: nobody says that the memory is missing: {continued.warned}")
+            changed += differences(continued.weights, whole.weights)
+        require(changed, f"{case.id}: what it remembers changes nothing, wherever the run is cut")
 
     def test_the_command_line_takes_the_string(
         self, case: Any, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,7 +52,6 @@ def case_of(info: MethodInfo) -> PrecisionCase:
         options={"measure_every_n_steps": 2, **REMEMBERING.get(info.name, {})},
         task_options={"width": 72},
         steps=12,
-        cuts=(1, 5, 6),
         remembering=REMEMBERING.get(info.name),
         saved_bits=SAVED_BITS.get(info.name, 8),
         wrong={"exempt": "head", "on_nonfinite": "skip", "measure_every_n_steps": -1},
