@@ -234,6 +234,8 @@ class Battery:
         steps = on[0].checkpoint["global_step"]
         require(steps == case.steps, f"{case.id}: plain Lightning ends at step {steps}")
         require(case.state_of(on[0].checkpoint) is None, f"{case.id}: plain Lightning saves the method's state")
+        if case.no_way_back:
+            return
         back = self.run(case.plan(resume=on[0].saved(case.steps // 2)))
         steps = back[0].checkpoint["global_step"]
         require(steps == case.steps, f"{case.id}: resumed from plain Lightning it ends at step {steps}")

@@ -62,6 +62,7 @@ class Case:
         refusals: key of the row's conflicts -> how it is provoked.
         named: what a refusal may call the method, beside its name and its class.
         unlogged: documented metric -> why a run with ``options`` does not log it.
+        no_way_back: why the method does not go on from what plain Lightning makes of its checkpoint; empty if it does.
         card: file of the method card; by default the one in this package.
     """
 
@@ -85,6 +86,7 @@ class Case:
     refusals: Mapping[str, Provocation] = field(default_factory=dict)
     named: tuple[str, ...] = ()
     unlogged: Mapping[str, str] = field(default_factory=dict)
+    no_way_back: str = ""
     card: Path | None = None
 
     kind: ClassVar[str] = ""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_eff.testing.battery import require
-from lightning_eff.testing.precision import PrecisionBattery, new_plugin
-from lightning_eff.testing.runs import differences
+from lightning_eff.testing.precision import PrecisionBattery, net_options, new_plugin
+from lightning_eff.testing.runs import Outcome, differences
+from lightning_eff.testing.tasks import net
 
 __all__ = ["QuantizedPrecisionBattery"]
 
@@ -91,6 +92,34 @@ class QuantizedPrecisionBattery(PrecisionBattery):
                 y.backward(gradient)
                 found = layer.weight.grad
                 require(found is not None and not found[1].isfinite().any(), f"{case.id}: {bad} in a gradient is lost")
+
+    # ------------------------------------------------------------------------------------------ broken gradients
+
+    def spoilt(self, case: Any, spoil: str, **options: Any) -> Outcome:
+        """Return what is left of a run whose gradients are broken."""
+        given = {**case.task_options, **options, "spoil": spoil}
+        (outcome,) = self.run(case.string_plan(task_options=given, may_fail=True))
+        refused = outcome.refusal
+        require(refused, f"{case.id}: a broken gradient goes through")
+        require(
+            refused is not None and "NonFiniteGradientError" in refused.kinds,
+            f"{case.id}: a broken gradient ends in {refused}",
+        )
+        start = {f"net.{name}": value for name, value in net(**net_options(given)).state_dict().items()}
+        told = differences(outcome.weights, start, "weights")
+        require(not told, f"{case.id}: a broken gradient reached the parameters: {told[:4]}")
+        return outcome
+
+    def test_a_broken_gradient_stops_before_the_parameters(self, case: Any) -> None:
+        """A loss of NaN is an error that names the method."""
+        refused = self.spoilt(case, "loss").refusal
+        told = f"{case.info.name}: the gradient is NaN or Inf"
+        require(refused and told in refused.message, f"{case.id}: {refused}")
+
+    def test_one_broken_element_of_a_gradient_is_found(self, case: Any) -> None:
+        """In layers without bias, by their weights alone."""
+        refused = self.spoilt(case, "net.3", bias=False).refusal
+        require(refused and "net.3.weight" in refused.message, f"{case.id}: {refused}")
 
     def test_fabric_takes_the_string(self, case: Any) -> None:
         """And trains, in both packages."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from lightning_eff.errors import UnsupportedCombinationError
 from lightning_eff.testing.battery import require, same_run
 from lightning_eff.testing.replicas import ReplicaBattery
-from lightning_eff.testing.runs import Outcome, differences, imported, train
+from lightning_eff.testing.runs import differences, imported, train
 from lightning_eff.testing.tasks import net
 
-__all__ = ["PrecisionBattery", "distance"]
+__all__ = ["PrecisionBattery", "distance", "net_options", "new_plugin"]
 
 _LOSS_SCALERS = ("16-mixed", "16-true")
 
@@ -62,7 +62,7 @@ class PrecisionBattery(ReplicaBattery):
 
     def test_training_stays_close_to_float32(self, case: Any) -> None:
         """Closer than with the noise of four bits, which is measured beside it."""
-        start = {f"net.{name}": value for name, value in net(**_of_net(case.task_options)).state_dict().items()}
+        start = {f"net.{name}": value for name, value in net(**net_options(case.task_options)).state_dict().items()}
         plain, ours = self.run(case.plain_plan())[0].weights, self.run(case.string_plan())[0].weights
         four_bits = self.run(case.plain_plan(string="luq4"))[0].weights
         found = distance(ours, plain), distance(four_bits, plain), distance(plain, start)
@@ -104,36 +104,9 @@ class PrecisionBattery(ReplicaBattery):
         require(not told, f"{case.id}: {told[:8]}")
         require(set(first.own_state) == case.state_keys, f"{case.id}: its state has {sorted(first.own_state)}")
 
-    # ------------------------------------------------------------------------------------------ broken gradients
 
-    def spoilt(self, case: Any, spoil: str, **options: Any) -> Outcome:
-        """Return what is left of a run whose gradients are broken."""
-        given = {**case.task_options, **options, "spoil": spoil}
-        (outcome,) = self.run(case.string_plan(task_options=given, may_fail=True))
-        refused = outcome.refusal
-        require(refused, f"{case.id}: a broken gradient goes through")
-        require(
-            refused is not None and "NonFiniteGradientError" in refused.kinds,
-            f"{case.id}: a broken gradient ends in {refused}",
-        )
-        start = {f"net.{name}": value for name, value in net(**_of_net(given)).state_dict().items()}
-        told = differences(outcome.weights, start, "weights")
-        require(not told, f"{case.id}: a broken gradient reached the parameters: {told[:4]}")
-        return outcome
-
-    def test_a_broken_gradient_stops_before_the_parameters(self, case: Any) -> None:
-        """A loss of NaN is an error that names the method."""
-        refused = self.spoilt(case, "loss").refusal
-        told = f"{case.info.name}: the gradient is NaN or Inf"
-        require(refused and told in refused.message, f"{case.id}: {refused}")
-
-    def test_one_broken_element_of_a_gradient_is_found(self, case: Any) -> None:
-        """In layers without bias, by their weights alone."""
-        refused = self.spoilt(case, "net.3", bias=False).refusal
-        require(refused and "net.3.weight" in refused.message, f"{case.id}: {refused}")
-
-
-def _of_net(options: Mapping[str, Any]) -> dict[str, Any]:
+def net_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options of a task that shape its layers."""
     return {name: value for name, value in options.items() if name in ("width", "dropout", "bias")}
 
 

@@ -81,7 +81,7 @@ def broken(name: str) -> CallbackCase:
 
 
 NEUTRAL = ("test_the_neutral_setting_is_plain_lightning", "lightning.pytorch")
-RESUME = ("test_a_run_cut_anywhere_continues_to_the_same_bits", 7)
+RESUME = ("test_a_run_cut_anywhere_continues_to_the_same_bits", 6)
 STATE = ("test_the_state_in_a_checkpoint_is_that_of_the_row",)
 FIGURES = ("test_every_logged_figure_is_documented_and_the_other_way_round",)
 REFUSED = ("test_every_conflict_of_the_row_is_refused", "bf16-true")
@@ -93,6 +93,7 @@ REFUSED = ("test_every_conflict_of_the_row_is_refused", "bf16-true")
         ("NeverNeutral", NEUTRAL, "the neutral setting is not plain Lightning"),
         ("Forgetful", RESUME, "does not go on to the same bits"),
         ("ChangedBySaving", ("test_saving_changes_nothing",), "to save a checkpoint changes the run"),
+        ("CountsValidation", ("test_evaluation_leaves_no_trace",), "evaluation changes the run"),
         ("WithoutState", STATE, r"a checkpoint has \[\], the row \['calls'\]"),
         ("SavesMore", STATE, r"a checkpoint has \['calls', 'more'\]"),
         ("Undocumented", FIGURES, r"does not document: \['eff/nudge/sign'\]"),

@@ -108,6 +108,11 @@ class ChangedBySaving(Nudge):
         return {"calls": self.calls}
 
 
+class CountsValidation(Nudge):
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        self.calls += 1
+
+
 class Undocumented(Nudge):
     def report(self, pl_module: Any, amount: float) -> None:
         pl_module.log_dict({"eff/nudge/size": amount, "eff/nudge/sign": math.copysign(1.0, amount)})
