@@ -54,6 +54,7 @@ def task_class(root: str) -> type[Any]:
             bias: whether the layers have one.
             manual: optimize by hand.
             spoil: ``"loss"`` makes every loss NaN; the name of a layer, one element of the gradient at its output.
+            spoil_at: micro-batches of an epoch whose loss is spoilt; empty for all.
         """
 
         def __init__(
@@ -64,11 +65,13 @@ def task_class(root: str) -> type[Any]:
             bias: bool = True,
             manual: bool = False,
             spoil: str = "",
+            spoil_at: tuple[int, ...] = (),
         ) -> None:
             super().__init__()
             self.net = net(width=width, dropout=dropout, bias=bias)
             self.randomness = randomness
             self.spoil = spoil
+            self.spoil_at = spoil_at
             if spoil not in ("", "loss"):
                 self.get_submodule(spoil).register_forward_hook(_spoil_gradient)
             self.automatic_optimization = not manual
@@ -82,7 +85,7 @@ def task_class(root: str) -> type[Any]:
             """Return the loss of one micro-batch, and log it."""
             with self._stream(batch_idx):
                 loss = F.cross_entropy(self(batch[0]), batch[1])
-            if self.spoil == "loss":
+            if self.spoil == "loss" and (not self.spoil_at or batch_idx in self.spoil_at):
                 loss = loss * math.nan
             self.log("loss", loss, on_step=True, on_epoch=True)
             if not self.automatic_optimization:

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 from lightning_eff.methods import METHODS
 from lightning_eff.testing import CallbackCase, Provocation
-from lightning_eff.testing.tasks import fp16_scaler, strategy_of
+from lightning_eff.testing.tasks import fp16_scaler
+from tests.callbacks.refusals import SHARDED
 
-
-def under(name: str) -> Provocation:
-    """Provoke with one of Lightning's strategies that cannot be built here."""
-
-    def provoke(callback: Any) -> None:
-        strategy = strategy_of("lightning.pytorch", name)
-        callback.on_fit_start(SimpleNamespace(strategy=strategy, precision="32-true"), None)
-
-    return Provocation(call=provoke)
-
-
-SHARDED = {"fsdp": under("FSDPStrategy"), "deepspeed": under("DeepSpeedStrategy")}
 
 CASES = (
     CallbackCase(
