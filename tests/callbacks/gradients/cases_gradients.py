@@ -7,7 +7,6 @@ from lightning_eff.testing import CallbackCase, Provocation
 from lightning_eff.testing.tasks import fp16_scaler
 from tests.callbacks.refusals import SHARDED
 
-
 CASES = (
     CallbackCase(
         info=METHODS["gradient_pruning"],
