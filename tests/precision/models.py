@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_eff.precision.formats.luq import LUQOptions
 from lightning_eff.precision.layers.convert import Conversion, convert
+from tests import loaders
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 ALL = LUQOptions(exempt_first_last=False)
@@ -77,25 +78,11 @@ def loader(batch_size: int = 8) -> torch.utils.data.DataLoader[Any]:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(DATA, TARGET), batch_size=batch_size)
 
 
-class ResumableLoader:
+class ResumableLoader(loaders.ResumableLoader):
     """The batches of :func:`loader`, from the one a checkpoint says is next."""
 
     def __init__(self) -> None:
-        self.batches, self.next = list(loader()), 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Any:
-        for place in range(self.next % len(self.batches), len(self.batches)):
-            self.next = place + 1
-            yield self.batches[place]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next % len(self.batches)}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.next = state_dict["next"]
+        super().__init__(loader())
 
 
 def trainer(root: str = "lightning.pytorch", **options: Any) -> Any:
