@@ -24,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)

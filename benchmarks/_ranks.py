@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from examples.common.compare import quiet
+from benchmarks.tasks.compare import quiet
 
 __all__ = ["launch", "run_on_ranks"]
 

@@ -12,6 +12,7 @@ import torch
 from benchmarks import _peers
 from benchmarks._measure import Step
 from benchmarks._workloads import Workload
+from lightning_eff.methods import METHODS
 
 __all__ = [
     "BF16_UPDATES",
@@ -21,6 +22,7 @@ __all__ = [
     "VARIANTS",
     "convert",
     "expand",
+    "layer_options",
     "prepare",
     "training_step",
 ]
@@ -31,29 +33,21 @@ LUQ_VARIANTS: dict[str, dict[str, Any]] = {
     "luq4-emulated": {"products": "emulated"},
     "luq4-fallback": {"products": "emulated"},
 }
-"""Variant -> options of ``LUQConfig``.
+"""Variant -> options of ``luq4``.
 
 ``luq4-emulated`` multiplies in fp32 what ``luq4`` multiplies in int8. ``luq4-fallback`` moreover runs without the
 compiled kernels: plain torch, as on a machine without a C++ compiler.
 """
 
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    "luq4": ("LUQConfig", {}),
-    "fp8": ("FP8Config", {}),
-    "fp8-rowwise": ("FP8Config", {"scaling": "rowwise"}),
-    "fp8-delayed": ("FP8Config", {"scaling": "delayed"}),
-    "fp8-fit": ("FittedConfig", {"bits": 8}),
-    "fp6-fit": ("FittedConfig", {"bits": 6}),
-    "flexpoint16": ("FlexpointConfig", {}),
-    "dfp16": ("IntegerConfig", {}),
-    "bf16-emulated": ("BF16EmulatedConfig", {}),
-    **{variant: ("LUQConfig", options) for variant, options in LUQ_VARIANTS.items()},
-}
-"""Variant with converted layers -> class in ``lightning_eff.precision.formats.config`` and its options. Each also
-exists with ``+bf16-mixed``."""
-
-BF16_UPDATES = {"bf16-sr": "sr", "bf16-kahan": "kahan", "bf16-split": "split"}
+_PRECISIONS = [info for info in METHODS.values() if info.kind == "precision"]
+BF16_UPDATES: dict[str, Any] = {info.name: info.options["update"] for info in _PRECISIONS if "update" in info.options}
 """Variant with bfloat16 weights -> ``update`` of ``lightning_eff.optim.bf16_updates``."""
+
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{info.name: (info.name, dict(info.options)) for info in _PRECISIONS if info.name not in BF16_UPDATES},
+    **{variant: ("luq4", options) for variant, options in LUQ_VARIANTS.items()},
+}
+"""Variant with converted layers -> method and its options. Each also exists with ``+bf16-mixed``."""
 
 VARIANTS = (
     *("fp32", "bf16-mixed", "bf16-true", *BF16_UPDATES),
@@ -83,15 +77,19 @@ def convert(work: Workload, variant: str = "luq4", **options: Any) -> Any:
 
     The same layers for every format: none is left out because it is small.
     """
-    from lightning_eff.precision.formats import config
     from lightning_eff.precision.layers.convert import convert as convert_layers
 
-    name, fixed = FORMATS[variant]
-    make = getattr(config, name)
-    every = {"filter_slow": False} if "filter_slow" in make.__dataclass_fields__ else {}
     return convert_layers(
-        work.model, make(**{"exempt_first_last": work.exempt_first_last, **every, **fixed, **options})
+        work.model, layer_options(variant, **{"exempt_first_last": work.exempt_first_last, **options})
     )
+
+
+def layer_options(variant: str, **options: Any) -> Any:
+    """Return the options of a format of :data:`FORMATS`, which leaves out no layer because it is small."""
+    method, fixed = FORMATS[variant]
+    make = METHODS[method].load_mixin().options_class
+    every = {"filter_slow": False} if "filter_slow" in make.RULES else {}
+    return make(**{**every, **fixed, **options})
 
 
 def autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:

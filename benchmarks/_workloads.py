@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.common.models import GPT, ResNet18, mlp
-from examples.common.saved import quantisable
+from benchmarks.tasks.models import GPT, ResNet18, mlp
+from benchmarks.tasks.saved import quantisable
 
 __all__ = ["MODELS", "Workload", "workload"]
 

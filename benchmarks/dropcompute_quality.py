@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from benchmarks._ranks import launch
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import spread
-from examples.common.data import DigitsData, StdlibText
-from examples.common.modules import CharGPT, DigitsCNN
+from benchmarks.tasks.data import DigitsData, StdlibText
+from benchmarks.tasks.modules import CharGPT, DigitsCNN
 from lightning_eff.functional.stragglers.simulated import LognormalDelay
 from lightning_eff.functional.stragglers.threshold import completed
 from lightning_eff.strategies import DropComputeStrategy

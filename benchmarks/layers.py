@@ -14,9 +14,8 @@ from torch import nn
 
 from benchmarks._measure import Step, clock_for, interleave, threads
 from benchmarks._report import Report, Row, add_common_arguments
-from benchmarks._setup import FORMATS
+from benchmarks._setup import layer_options
 from benchmarks._stats import ratio, spread
-from lightning_eff.precision.formats import config
 from lightning_eff.precision.layers.convert import convert
 
 
@@ -27,9 +26,7 @@ def layer_step(variant: str, size: int, rows: int, device: str) -> Step:
     grad = torch.randn(rows, size, device=device)
     states = []
     if variant != "fp32":
-        name, fixed = FORMATS[variant]
-        options = getattr(config, name)(exempt_first_last=False, filter_slow=False, **fixed)
-        states = list(convert(layer, options).states.values())
+        states = list(convert(layer, layer_options(variant, exempt_first_last=False)).states.values())
 
     def step() -> None:
         layer[0].weight.grad = layer[0].bias.grad = x.grad = None

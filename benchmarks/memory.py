@@ -19,7 +19,7 @@ from benchmarks._setup import FAMILY, FORMATS, expand, prepare
 from benchmarks._setup import VARIANTS as STEP_VARIANTS
 from benchmarks._stats import Spread
 from benchmarks._workloads import MODELS, workload
-from examples.common.saved import held_by_graph, record_all, record_saved
+from benchmarks.tasks.saved import held_by_graph, record_all, record_saved
 
 TARGET = 0.15
 """Largest accepted bytes of the quantised layers / the same layers in fp32: INT4 is 0.125, the rest is scales."""

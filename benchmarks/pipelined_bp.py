@@ -36,7 +36,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from benchmarks._ranks import launch
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import ratio, spread
-from lightning_eff.functional.staleness.mitigation import flush_bubble
+from lightning_eff.functional.staleness.schedule import flush_bubble
 
 BATCH = 64
 """Samples of a synchronous pipeline's update."""

@@ -36,11 +36,13 @@ from torch.nn import functional as F
 from benchmarks._measure import threads
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._stats import spread
-from examples.common.compare import quiet
-from examples.common.data import DigitsData
+from benchmarks.tasks.compare import quiet
+from benchmarks.tasks.data import DigitsData
 from lightning_eff.errors import EffWarning, NonFiniteGradientError
-from lightning_eff.functional.staleness.mitigation import delay, scale_hyperparameters
-from lightning_eff.functional.staleness.stability import Mitigation, max_stable_lr, top_curvature
+from lightning_eff.functional.staleness.curvature import top_curvature
+from lightning_eff.functional.staleness.mitigation import scale_hyperparameters
+from lightning_eff.functional.staleness.schedule import stage_delay
+from lightning_eff.functional.staleness.stability import MitigationName, max_stable_lr
 from lightning_eff.strategies import PipelinedBPStrategy
 
 REFERENCE_BATCH, REFERENCE_MOMENTUM = 32, 0.9
@@ -192,7 +194,7 @@ class Setting:
     @property
     def delay(self) -> int:
         """D, of the first stage."""
-        return delay(0, len(self.build()))
+        return stage_delay(0, len(self.build()))
 
     def over_limit(self, variant: str, curvature: float | None) -> float | None:
         """Learning rate over the largest stable one; None where the analysis says nothing.
@@ -202,7 +204,7 @@ class Setting:
         """
         lr, momentum = self.hyperparameters
         kind: Any = {SGD: "none", "stash": "none"}.get(variant, variant)
-        if kind not in get_args(Mitigation) or curvature is None or curvature <= 0:
+        if kind not in get_args(MitigationName) or curvature is None or curvature <= 0:
             return None
         return lr / max_stable_lr(curvature, 0 if variant == SGD else self.delay, momentum, mitigation=kind)
 

@@ -25,12 +25,12 @@ from benchmarks._measure import threads
 from benchmarks._report import Report, Row, add_common_arguments
 from benchmarks._setup import expand
 from benchmarks._stats import spread
-from examples.common.compare import Task, quiet, train
-from examples.common.data import DigitsData, StdlibText
-from examples.common.modules import CharGPT, DigitsCNN
+from benchmarks.tasks.compare import Task, quiet, train
+from benchmarks.tasks.data import DigitsData, StdlibText
+from benchmarks.tasks.modules import CharGPT, DigitsCNN
 from lightning_eff import precision
 from lightning_eff.methods import METHODS
-from lightning_eff.precision.formats import config
+from lightning_eff.precision.formats import fp8
 
 LUQ_OPTIONS: dict[str, dict[str, Any]] = {
     "luq4-smp2": {"samples": 2},
@@ -116,13 +116,13 @@ TASKS: dict[str, tuple[Callable[[argparse.Namespace], Task], float, str, int]] =
 @contextmanager
 def small_layers_too(tiny: bool) -> Iterator[None]:
     """Convert layers of eight channels as well, where the models have no others."""
-    before = config.SLOW_FEATURES, config.SLOW_CHANNELS
+    before = fp8.SLOW_FEATURES, fp8.SLOW_CHANNELS
     if tiny:
-        config.SLOW_FEATURES = config.SLOW_CHANNELS = 0
+        fp8.SLOW_FEATURES = fp8.SLOW_CHANNELS = 0
     try:
         yield
     finally:
-        config.SLOW_FEATURES, config.SLOW_CHANNELS = before
+        fp8.SLOW_FEATURES, fp8.SLOW_CHANNELS = before
 
 
 def measure(report: Report, name: str, options: argparse.Namespace) -> None:

@@ -7,20 +7,17 @@ label and 3072 bytes of pixels, read here in four lines. A GPU, or patience, is 
 from __future__ import annotations
 
 import argparse
-import sys
+from itertools import pairwise
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the file also runs by its path
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_eff  # noqa: F401 - makes precision="luq4" known to Lightning
-from examples.common.models import ResNet18
 
 RECORD_BYTES = 1 + 3 * 32 * 32
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
@@ -68,12 +65,33 @@ class CIFAR10Data(L.LightningDataModule):
         return DataLoader(self.validation, 500)
 
 
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        narrow = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = nn.Identity() if stride == 1 and inputs == outputs else narrow
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
+
+
+def resnet18(width: int) -> nn.Sequential:
+    """Return ResNet-18 with a 3x3 stem, for images of 32x32."""
+    sizes = [width, width, 2 * width, 4 * width, 8 * width]
+    pairs = [(a, b, 1 + (a != b)) for a, b in pairwise(sizes)]
+    blocks = [Block(*part) for a, b, stride in pairs for part in ((a, b, stride), (b, b, 1))]
+    stem = (nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10))
+
+
 class CIFAR10ResNet(L.LightningModule):
     """ResNet-18 with SGD and one-cycle; crops and flips are made on the device, per micro-batch."""
 
     def __init__(self, width: int = 64, lr: float = 0.1) -> None:
         super().__init__()
-        self.net, self.lr = ResNet18(width), lr
+        self.net, self.lr = resnet18(width), lr
 
     def _images(self, pixels: Tensor) -> Tensor:
         mean, std = MEAN.to(pixels.device), STD.to(pixels.device)

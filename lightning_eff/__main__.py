@@ -27,7 +27,7 @@ def list_methods(console: Console) -> None:
     """Print one row per method: what to write, what it does."""
     table = Table("write", "class", "what it does", title="Methods of lightning_eff", title_justify="left")
     for info in METHODS.values():
-        table.add_row(_usage(info), info.class_name, info.summary)
+        table.add_row(info.usage, info.class_name, info.summary)
     console.print(table)
     console.print("More about one of them: python -m lightning_eff explain NAME", highlight=False)
 
@@ -53,26 +53,15 @@ def explain(console: Console, name: str) -> None:
 def _facts(info: MethodInfo) -> list[tuple[str, str]]:
     return [
         ("method", f"{info.name}: {info.summary}"),
-        ("write", _usage(info)),
+        ("write", info.usage),
         ("strings", ", ".join(info.strings) if info.kind != "callback" else "none"),
-        (
-            "class",
-            f"lightning_eff.{_folder(info)}.{info.class_name}, lightning_eff.pytorch_lightning.{info.class_name}",
-        ),
+        ("class", f"{info.module}.{info.class_name}, lightning_eff.pytorch_lightning.{info.class_name}"),
         ("strategies", ", ".join(info.strategies) or "any"),
         *(("refused", f"{what}: {why}") for what, why in info.conflicts.items()),
         *(("logged", f"{key}: {meaning}") for key, meaning in info.metrics.items()),
         ("in checkpoints", ", ".join(info.state_keys) or "nothing"),
-        ("paper", info.paper),
+        ("paper", info.paper or "none: the method is this package's own"),
     ]
-
-
-def _folder(info: MethodInfo) -> str:
-    return {"precision": "precision", "strategy": "strategies", "callback": "callbacks"}[info.kind]
-
-
-def _usage(info: MethodInfo) -> str:
-    return f"callbacks=[{info.class_name}()]" if info.kind == "callback" else f'{info.kind}="{info.name}"'
 
 
 def doctor(console: Console) -> None:

@@ -46,3 +46,26 @@ def codebook(levels: int, max_abs: float = 1.0) -> Tensor:
 def lognormal(numel: int, sigma: float = 3.0) -> Tensor:
     """Numbers like neural gradients: log2 of the magnitude is normal with standard deviation ``sigma``."""
     return torch.randn(numel).mul(sigma).exp2() * torch.randn(numel).sign()
+
+
+def chi_square_bound(degrees: int, comparisons: int) -> float:
+    """Laurent and Massart 2000, lemma 1: P(chi2 > d + 2 sqrt(d t) + 2 t) <= exp(-t)."""
+    t = math.log(comparisons / FALSE_ALARM)
+    return degrees + 2 * math.sqrt(degrees * t) + 2 * t
+
+
+def chi_square(counts: Tensor) -> float:
+    """Pearson's statistic of counts that are expected to be equal."""
+    expected = counts.sum().double() / counts.numel()
+    return float(((counts.double() - expected) ** 2 / expected).sum())
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Mean of the product of two uniform variables, centred and scaled to unit variance."""
+    return float(((a.double() - 0.5) * (b.double() - 0.5)).mean() * 12)
+
+
+def correlation_bound(n: int, comparisons: int) -> float:
+    """Each product is within +-3, with variance 1 under independence: Bernstein."""
+    t = math.log(2 * comparisons / FALSE_ALARM)
+    return math.sqrt(2 * t / n) + t / n

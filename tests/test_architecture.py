@@ -10,46 +10,35 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "lightning_eff"
+from tests.import_graph import FLOORS, PACKAGE, module_name
+
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part may import itself and the parts of lower levels. Parts of equal level are siblings and never meet.
-LEVELS = {
-    "errors": 0,
-    "checks": 1,
-    "methods": 2,
-    "functional": 3,
-    "kernels": 4,
-    "optim": 5,
-    "runtime": 6,
-    "integration": 7,
-    "precision": 8,
-    "strategies": 8,
-    "callbacks": 8,
-    "compose": 9,
-    "plan": 10,
-    "testing": 11,
-    "_run_script": 12,
-    "__main__": 13,
-}
+LEVELS = {part: level for level, parts in enumerate(FLOORS) for part in parts}
 # The facades hold public names. They may import integration (which imports no Lightning by itself) when they are
 # imported, and everything else only inside functions, so that `import lightning_eff` stays light.
 FACADES = {"__init__", "pytorch_lightning"}
 FACADE_AT_IMPORT = {"errors", "methods", "integration"}
 # Parts that are tensors in, tensors out: what they may import besides the standard library and lower parts.
 PURE = {"functional": {"torch"}, "kernels": {"torch", "triton"}, "errors": set(), "checks": set(), "methods": set()}
-MAX_LINES = 400
+# Private names of Lightning's that this package reads, sets or overrides: only integration/ may know them.
+OF_LIGHTNING = frozenset({
+    "_LRCallback", "_TunerExitException", "_accelerator_connector", "_broadcast_sigterm_tensor", "_callback_connector",
+    "_callback_metrics", "_checkpoint_connector", "_compiler_ctx", "_configure_launcher", "_data_connector",
+    "_ddp_kwargs", "_every_n_train_steps", "_forward_redirection", "_get_process_group_backend",
+    "_init_dist_connection", "_launcher", "_layer_sync", "_lightning_module", "_lightning_optimizers",
+    "_logger_connector", "_precision_plugin", "_results", "_signal_connector", "_tensor_parallel_size", "_timeout",
+    "_train_time_interval", "epoch_loop", "val_loop",
+})  # fmt: skip
+# A name of Lightning's modules that objects of this package have as well, for themselves.
+OF_BOTH = frozenset({"_trainer"})
 
 
 def part_of(module: str) -> str:
     """``lightning_eff.precision.luq`` is in the part ``precision``; the package itself is the facade ``__init__``."""
     _, _, rest = module.partition(".")
     return rest.split(".", maxsplit=1)[0] or "__init__"
-
-
-def module_name(file: Path) -> str:
-    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str, bool]]:
@@ -113,14 +102,35 @@ def style_faults(source: str, name: str) -> list[str]:
     faults = []
     if source.strip() and not ast.get_docstring(tree):
         faults.append(f"{name}: no module docstring")
-    if (lines := source.count("\n")) > MAX_LINES:
-        faults.append(f"{name}: {lines} lines, the limit is {MAX_LINES}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
             faults.append(f"{name}:{node.lineno}: assert; raise a typed error")
         if isinstance(node, ast.ExceptHandler) and _swallows(node):
             faults.append(f"{name}:{node.lineno}: an exception is swallowed; name it and say why, or let it rise")
     return faults
+
+
+def private_lightning_faults(source: str, module: str) -> list[str]:
+    """Where a module outside integration knows a private name of Lightning's, as an attribute or as a string."""
+    if part_of(module) == "integration":
+        return []
+    return [
+        f"{module}:{getattr(node, 'lineno', 0)}: {name} is Lightning's own; a function of integration/ can ask for it"
+        for node in ast.walk(ast.parse(source))
+        if (name := _of_lightning(node))
+    ]
+
+
+def _of_lightning(node: ast.AST) -> str:
+    """The private name of Lightning's that a node has, or nothing."""
+    if isinstance(node, ast.Attribute):
+        is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        return node.attr if node.attr in OF_LIGHTNING or (node.attr in OF_BOTH and not is_own) else ""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # getattr, setattr, replace_attribute
+        return node.value if node.value in OF_LIGHTNING | OF_BOTH else ""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):  # overridden
+        return node.name if node.name in OF_LIGHTNING else ""
+    return ""
 
 
 def _swallows(handler: ast.ExceptHandler) -> bool:
@@ -186,11 +196,42 @@ def test_the_checker_lets_a_good_import_pass(module: str, source: str) -> None:
         "x = 1",
         '"""Doc."""\nassert True',
         '"""Doc."""\ntry:\n    x = 1\nexcept Exception:\n    pass',
-        '"""Doc."""\n' + "x = 1\n" * 400,
     ],
 )
 def test_the_checker_flags_bad_style(source: str) -> None:
     assert style_faults(source, "x.py") != []
+
+
+def test_private_names_of_lightning_are_known_in_integration_alone() -> None:
+    sources = {module_name(file): file.read_text(encoding="utf-8") for file in FILES}
+    assert [fault for name, text in sources.items() for fault in private_lightning_faults(text, name)] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "trainer._logger_connector.epoch_end_reached()",
+        "trainer.fit_loop.epoch_loop.max_steps += 1",
+        "self._layer_sync = None",
+        "getattr(self, '_layer_sync', None)",
+        "trainer = getattr(module, '_trainer', None)",
+        "module._trainer = trainer",
+        "replace_attribute(loop, '_broadcast_sigterm_tensor', f)",
+        "class S(StrategyBase):\n    def _configure_launcher(self): ...",
+        "any(type(callback).__name__ == '_LRCallback' for callback in callbacks)",
+    ],
+)
+def test_the_checker_flags_private_names_of_lightning(source: str) -> None:
+    assert private_lightning_faults(source, "lightning_eff.strategies.new.strategy") != []
+    assert private_lightning_faults(source, "lightning_eff.integration.loop") == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["self._trainer = trainer", "trainer.fit_loop.total_batch_idx", "x = 'the _trainer of a module'", "self._sum()"],
+)
+def test_the_checker_lets_public_and_own_names_pass(source: str) -> None:
+    assert private_lightning_faults(source, "lightning_eff.strategies.new.strategy") == []
 
 
 @pytest.mark.parametrize("module", ["lightning_eff.functional", "lightning_eff.kernels", "lightning_eff"])

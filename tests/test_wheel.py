@@ -31,7 +31,13 @@ def in_tree(pattern: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["lightning_eff/**/*.py", "lightning_eff/cards/*.md", "lightning_eff/kernels/src/*.cpp", "lightning_eff/py.typed"],
+    [
+        "lightning_eff/**/*.py",
+        "lightning_eff/cards/*.md",
+        "lightning_eff/kernels/src/*.cpp",
+        "lightning_eff/kernels/src/*.h",
+        "lightning_eff/py.typed",
+    ],
 )
 def test_the_wheel_holds(wheel: list[str], pattern: str) -> None:
     assert in_tree(pattern)

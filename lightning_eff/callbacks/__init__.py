@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_eff.integration.namespaces import class_getter, public_classes
 
+# ---- written by tests/faces.py from the rows of the methods
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
@@ -16,12 +17,7 @@ if TYPE_CHECKING:
     from lightning_eff.callbacks.gradients.statistics import GradientStatisticsMixin
     from lightning_eff.callbacks.precision.low_precision import LowPrecisionMixin
     from lightning_eff.callbacks.precision.luq_fine_tuning import LUQFineTuningMixin
-
-    class GradientPruning(GradientPruningMixin, Callback):
-        """Unbiased pruning of the gradients at layer outputs to a set share of zeros."""
-
-    class GradientStatistics(GradientStatisticsMixin, Callback):
-        """Measures how wide neural gradients are and recommends a float format for each layer."""
+    from lightning_eff.callbacks.run.non_finite_guard import NonFiniteGuardMixin
 
     class LowPrecision(LowPrecisionMixin, Callback):
         """Puts a low-precision method onto whatever precision plugin the Trainer has; needs no string."""
@@ -29,8 +25,24 @@ if TYPE_CHECKING:
     class LUQFineTuning(LUQFineTuningMixin, Callback):
         """Trains the last steps of a luq4 run with INT4 weights alone."""
 
+    class GradientPruning(GradientPruningMixin, Callback):
+        """Unbiased pruning of the gradients at layer outputs to a set share of zeros."""
 
-__all__ = ["GradientPruning", "GradientStatistics", "LUQFineTuning", "LowPrecision"]
+    class GradientStatistics(GradientStatisticsMixin, Callback):
+        """Measures how wide neural gradients are and recommends a float format for each layer."""
+
+    class NonFiniteGuard(NonFiniteGuardMixin, Callback):
+        """Stops or skips a step with a NaN or Inf gradient or loss before it changes a parameter."""
+
+
+__all__ = [
+    "GradientPruning",
+    "GradientStatistics",
+    "LUQFineTuning",
+    "LowPrecision",
+    "NonFiniteGuard",
+]
+# ---- end of what is written
 
 _get = class_getter(__name__, "lightning.pytorch", public_classes("callback"))
 

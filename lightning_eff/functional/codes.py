@@ -24,7 +24,7 @@ class Codes(NamedTuple):
     scale: Tensor
 
     def t(self) -> Codes:
-        """The transposed matrix."""
+        """Return the transposed matrix."""
         return Codes(self.codes.t(), self.scale.t())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

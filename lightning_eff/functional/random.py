@@ -4,6 +4,13 @@ Element ``i`` in row ``r = i // 2048``, column ``j = i % 2048`` gets ``mix(j * 0
 32-bit mixing function that is a bijection (C. Wellons, "lowbias32"). The bits depend on the seed and the position
 alone, so every implementation (torch here, C++ in ``kernels``) gives the same rounding at any number of threads, and
 drawing one 64-bit seed costs nothing beside drawing a number per element.
+
+Seeds are told apart by :func:`mix64`, the finaliser of splitmix64: ``mix64(seed + k * GOLDEN64)`` for k = 1, 2, .. is
+that generator's sequence.
+
+References:
+    Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014 (splitmix64; constants as in
+    Vigna's public-domain code).
 """
 
 from __future__ import annotations
@@ -13,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 ROW = 2048
-GOLDEN = 0x9E3779B97F4A7C15
-"""2^64 over the golden ratio, odd: what splitmix64 counts by."""
-MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B9
 _MASK = 0xFFFFFFFF
+MASK64 = (1 << 64) - 1
+"""Seeds are 64 bits."""
+GOLDEN64 = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio, odd: its multiples are spread evenly over the 64-bit integers."""
 
 
 def _signed(value: int) -> int:
@@ -33,6 +41,19 @@ def mix32(h: Tensor) -> Tensor:
     h = h ^ ((h >> 15) & 0x1FFFF)
     h = h * _signed(0x846CA68B)
     return h ^ ((h >> 16) & 0xFFFF)
+
+
+def mix64(z: int) -> int:
+    """Mix the 64 low bits of ``z`` so that every one moves about half of the result's, a bijection (splitmix64).
+
+    Example:
+        >>> hex(mix64(GOLDEN64))  # the first number of the generator with seed 0
+        '0xe220a8397b1dcdaf'
+    """
+    z &= MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
+    return z ^ (z >> 31)
 
 
 def uniform_bits(numel: int, seed: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -56,7 +77,7 @@ def uniform_bits(numel: int, seed: int, *, device: torch.device | str | None = N
 
 
 def uniform(numel: int, seed: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Uniform float32 in [0, 1) with 23 bits, from :func:`uniform_bits`; shape ``(numel,)``."""
+    """Return uniform float32 in [0, 1) with 23 bits, from :func:`uniform_bits`; shape ``(numel,)``."""
     bits = uniform_bits(numel, seed, device=device)
     return ((bits >> 9) & 0x7FFFFF).to(torch.float32) * 2.0**-23
 
@@ -72,21 +93,4 @@ def draw_seed() -> int:
 def rank_seed(seed: int) -> int:
     """Make ``seed`` differ between ranks; rank 0, and a run without process group, keep it as it is."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return (seed ^ (rank * GOLDEN)) & MASK64
-
-
-def mix64(z: int) -> int:
-    """Return the output function of splitmix64: 64 bits, of which every one depends on every bit of ``z``.
-
-    References:
-        Steele, Lea, Flood: Fast splittable pseudorandom number generators. OOPSLA 2014, figure 19 (variant 13 of
-        Stafford's mixers).
-
-    Example:
-        >>> hex(mix64(0x9E3779B97F4A7C15))  # the first number of splitmix64 from seed 0
-        '0xe220a8397b1dcdaf'
-    """
-    z &= MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
-    return z ^ (z >> 31)
+    return (seed ^ (rank * GOLDEN64)) & MASK64

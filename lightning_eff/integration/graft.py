@@ -100,7 +100,7 @@ def graft(plugin: Any, method: str, **options: Any) -> Any:
     plugin.__class__ = make_class(shell, original)
     plugin.eff_method, plugin.eff_options = info.name, dict(options)
     try:
-        plugin._eff_init(**options)
+        plugin.configure_method(**options)
     except ConfigurationError:  # Lightning still tears the plugin down: leave it as it was
         plugin.__class__ = original
         del plugin.eff_method, plugin.eff_options
@@ -119,7 +119,7 @@ def check_options(method: str, options: Mapping[Any, Any]) -> None:
     _check_names(info, shell, options)
     tried: Any = object.__new__(shell)
     tried.eff_method = info.name
-    tried._eff_init(**options)
+    tried.configure_method(**options)
 
 
 def _check_names(info: MethodInfo, shell: type[Any], options: Mapping[Any, Any]) -> None:

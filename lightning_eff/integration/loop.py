@@ -1,21 +1,36 @@
-"""What strategies change in Lightning's loop for the length of a run: its meetings of ranks, what it logs, its hooks.
+"""What strategies change in Lightning's training loop for the length of a run: its hooks, its length, its meetings.
 
 A rank may compute fewer micro-batches than another, so nothing may wait for a rank inside the micro-batch loop:
-Lightning's look for SIGTERM on other ranks moves to the end of a window. What a rank logged in a micro-batch another
-may not have logged at all: that is found out before it is averaged.
+Lightning's look for SIGTERM on other ranks moves to the end of a window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lightning_eff.errors import UnsupportedCombinationError
-from lightning_eff.runtime.patches import Undo, replaced
+from lightning_eff.runtime.patches import Undo, replace_attribute
 
-__all__ = ["compare_logs_between_ranks", "look_for_sigterm_once_per_window"]
+__all__ = [
+    "add_steps",
+    "call_at_epoch_end",
+    "call_before_validation",
+    "look_for_sigterm_once_per_window",
+    "micro_batch_of_epoch",
+]
+
+
+def micro_batch_of_epoch(trainer: Any) -> int:
+    """Return the number of the micro-batch that this rank is at, counted from 0 in every epoch."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready) - 1
+
+
+def add_steps(trainer: Any, steps: int) -> None:
+    """Add ``steps`` optimizer steps to the Trainer's ``max_steps``; fewer than 0 take some back."""
+    trainer.fit_loop.epoch_loop.max_steps += steps
 
 
 def look_for_sigterm_once_per_window(trainer: Any) -> Undo:
@@ -37,48 +52,29 @@ def look_for_sigterm_once_per_window(trainer: Any) -> Undo:
         if int(received):
             ask(loop)  # on every rank: it raises what ends the run
 
-    return replaced(loop, "_broadcast_sigterm_tensor", once_per_window)
+    return replace_attribute(loop, "_broadcast_sigterm_tensor", once_per_window)
 
 
-def compare_logs_between_ranks(trainer: Any, method: str) -> Undo:
-    """At the end of an epoch, make sure that all ranks have logged the same values before Lightning averages them.
-
-    Lightning takes the mean over the ranks of one value after the other, in the order in which they were first logged.
-    A value that a rank logs only in micro-batches it has dropped would make the others wait for it for ever, and
-    another order would mix the values up. One small message per epoch.
-
-    Raises:
-        UnsupportedCombinationError: at the end of the epoch, on every rank, if a value is missing on one of them.
-    """
+def call_at_epoch_end(trainer: Any, then: Callable[[], None]) -> Undo:
+    """Call ``then`` when a training epoch ends, before anybody looks at its metrics."""
     connector = trainer._logger_connector
     end = type(connector).epoch_end_reached
 
-    def compare_first() -> None:
-        if trainer.training:
-            _bring_in_one_order(trainer.fit_loop._results, method)
+    def epoch_end_reached() -> None:
         end(connector)
+        if trainer.training:
+            then()
 
-    return replaced(connector, "epoch_end_reached", compare_first)
-
-
-def _bring_in_one_order(results: Any, method: str) -> None:
-    own = [key for key, value in results.valid_items() if value.meta.on_epoch and _is_averaged(value)]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    for key in sorted(set().union(*everyone)):
-        if without := [rank for rank, keys in enumerate(everyone) if key not in keys]:
-            hook, _, name = key.partition(".")
-            raise UnsupportedCombinationError(
-                f"self.log({name!r}, ...) in {hook} was called on other ranks in this epoch and never on rank "
-                f"{without[0]}, which under {method!r} may have dropped those micro-batches; its mean over the ranks "
-                "cannot be taken. Log it in every micro-batch, or with sync_dist=False."
-            )
-    if any(keys != own for keys in everyone):
-        for key in everyone[0]:
-            results[key] = results.pop(key)
+    return replace_attribute(connector, "epoch_end_reached", epoch_end_reached)
 
 
-def _is_averaged(value: Any) -> bool:
-    """Whether Lightning, or a metric object itself, goes to the other ranks for it."""
-    sync = value.meta.sync
-    return not value.is_tensor or (sync.should and not sync.rank_zero_only)
+def call_before_validation(trainer: Any, first: Callable[[], None]) -> Undo:
+    """Call ``first`` when a validation begins, before a callback may exchange weights (EMA)."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    run = loop.run
+
+    def run_after_first(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return run(*args, **kwargs)
+
+    return replace_attribute(loop, "run", run_after_first)

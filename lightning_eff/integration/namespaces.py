@@ -155,11 +155,7 @@ def base_class(root: str, kind: Kind) -> type[Any]:
 
 def public_classes(kind: Kind) -> dict[str, tuple[Kind, str]]:
     """Return class name -> (kind, ``"module:Mixin"``) of every public class of this kind."""
-    rows = {info.class_name: (kind, info.mixin) for info in METHODS.values() if info.kind == kind}
-    if kind == "callback":
-        rows["LowPrecision"] = (kind, "lightning_eff.callbacks.precision.low_precision:LowPrecisionMixin")
-        rows["LUQFineTuning"] = (kind, "lightning_eff.callbacks.precision.luq_fine_tuning:LUQFineTuningMixin")
-    return rows
+    return {info.class_name: (kind, info.mixin) for info in METHODS.values() if info.kind == kind}
 
 
 def class_getter(module: str, root: str, shells: Mapping[str, tuple[Kind, str]]) -> Callable[[str], type[Any]]:

@@ -13,28 +13,33 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from lightning_eff.errors import RankLostError
+from lightning_eff.integration.bases import StrategyBase
 from lightning_eff.methods import MethodInfo
-from lightning_eff.runtime.patches import Undo, replaced
+from lightning_eff.runtime.patches import Undo, replace_attribute
 from lightning_eff.runtime.processes import EndWithParent, lost_a_loader_worker
 from lightning_eff.runtime.rendezvous import forget_collectives, form_group, is_ours
 from lightning_eff.runtime.roll_call import RollCall, is_of_a_collective
 
 _NOT_ERRORS = ("_TunerExitException",)
-"""With which Lightning ends a run that went well."""
+"""Exceptions with which Lightning ends a run that went well."""
 
 
-class Meetings:
-    """A strategy whose ranks are named when they are missing."""
+class RankFaults(StrategyBase):
+    """Names the ranks that are missing wherever those of a strategy meet.
+
+    Attributes:
+        roll_call: of this run, once the ranks have come together.
+        left: the roll call of a run that an error has ended here.
+    """
 
     info: MethodInfo
-    _roll_call: RollCall | None = None
-    _after_error: RollCall | None = None
+    roll_call: RollCall | None = None
+    left: RollCall | None = None
     _formed_here = False
     _undo: list[Undo]
 
@@ -42,19 +47,19 @@ class Meetings:
 
     def setup_distributed(self) -> None:
         """Bring the ranks together within ``timeout_s``, and name those that do not come."""
-        world = int(self.num_nodes * self.num_processes)  # type: ignore[attr-defined]
+        world = int(self.num_nodes * self.num_processes)
         if world > 1 and not dist.is_initialized():
             self._form(world)
-        super().setup_distributed()  # type: ignore[misc]
-        self._roll_call, self._after_error = RollCall(self.info.name), None
+        super().setup_distributed()
+        self.roll_call, self.left = RollCall(self.info.name), None
         self._formed_here = world > 1 and is_ours()
 
     def _form(self, world: int) -> None:
-        self.set_world_ranks()  # type: ignore[attr-defined]
-        backend: str = self._get_process_group_backend()  # type: ignore[attr-defined]
-        environment: Any = self.cluster_environment  # type: ignore[attr-defined]
-        timeout: timedelta = self._timeout  # type: ignore[attr-defined,has-type]
-        device: Any = self.root_device  # type: ignore[attr-defined]
+        self.set_world_ranks()
+        backend = self._get_process_group_backend()
+        environment: Any = self.cluster_environment
+        timeout: Any = self._timeout
+        device = self.root_device
         (ddp,) = [kind for kind in type(self).__mro__ if kind.__name__ == "DDPStrategy"]
         form = functools.partial(
             sys.modules[ddp.__module__]._init_dist_connection,
@@ -63,17 +68,21 @@ class Meetings:
             timeout=timeout,
             device_id=None if device.type == "cpu" else device,
         )
-        rank: int = self.global_rank  # type: ignore[attr-defined]
         form_group(
-            self.info.name, environment, rank=rank, world=world, timeout=timeout, form=lambda store: form(store=store)
+            self.info.name,
+            environment,
+            rank=self.global_rank,
+            world=world,
+            timeout=timeout,
+            form=lambda store: form(store=store),
         )
 
     # ------------------------------------------------------------------------------------------ the run
 
     def _configure_launcher(self) -> None:
-        """Every entry point of a Trainer goes through the launcher: errors are translated there."""
-        super()._configure_launcher()  # type: ignore[misc]
-        launcher: Any = self._launcher  # type: ignore[attr-defined]
+        """Translate errors in the launcher, which every entry point of a Trainer goes through."""
+        super()._configure_launcher()
+        launcher: Any = self._launcher
         launcher.launch = functools.partial(self._launch, launcher.launch)
 
     def _launch(self, launch: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -84,10 +93,10 @@ class Meetings:
         try:
             return function(*args, **kwargs)
         except BaseException as error:
-            roll_call = self._roll_call
+            roll_call = self.roll_call
             if roll_call is None or roll_call.world == 1 or type(error).__name__ in _NOT_ERRORS:
                 raise
-            told = self._translated(error, roll_call)
+            told = self._name_rank(error, roll_call)
             self._leave_whatever_comes(error, roll_call)
             if told is None:
                 raise
@@ -102,8 +111,8 @@ class Meetings:
                 raise
             self._leave_whatever_comes(error, roll_call)
 
-    def _translated(self, error: BaseException, roll_call: RollCall) -> RankLostError | None:
-        """The error that names the rank, if this one does not."""
+    def _name_rank(self, error: BaseException, roll_call: RollCall) -> RankLostError | None:
+        """Return the error that names the rank, or None if this one says enough."""
         if is_of_a_collective(error):
             return roll_call.lost(self._place_of(error), error)
         if lost_a_loader_worker(error):
@@ -115,8 +124,9 @@ class Meetings:
         return None
 
     def _place_of(self, error: BaseException) -> str:
-        """Where a collective was called that is not the strategy's own."""
-        state: Any = self.lightning_module.trainer.state  # type: ignore[attr-defined]
+        """Return where a collective was called that is not the strategy's own."""
+        module: Any = self.lightning_module
+        state = module.trainer.state
         stage = state.stage.value if state.stage else state.fn.value
         frames = traceback.extract_tb(error.__traceback__)
         inner = [i for i, frame in enumerate(frames) if "/torch/distributed/" in frame.filename.replace("\\", "/")]
@@ -131,61 +141,61 @@ class Meetings:
         if not isinstance(error, RankLostError) and not is_of_a_collective(error):
             roll_call.note_error(error)
         forget_collectives(error)
-        self._roll_call, self._after_error = None, roll_call  # it keeps the store for as long as others may read it
-        self._let_go()
+        self.roll_call, self.left = None, roll_call  # it keeps the store for as long as others may read it
+        self.close_connections()
         if self._formed_here and dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
         roll_call.stay()
 
-    def _let_go(self) -> None:
-        """Close what connections a strategy has besides the default group's."""
+    def close_connections(self) -> None:
+        """Close the connections that a strategy has besides the default group's."""
 
     def teardown(self) -> None:
         """Put back what was exchanged for the run."""
         for undo in reversed(self._undo):
             undo()
         self._undo = []
-        if self._roll_call is not None:
-            self._roll_call.note_end()
-        super().teardown()  # type: ignore[misc]
+        if self.roll_call is not None:
+            self.roll_call.note_end()
+        super().teardown()
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Let loader workers end with their rank: they hold copies of its connections."""
-        several = self._roll_call is not None and self._roll_call.world > 1
+        several = self.roll_call is not None and self.roll_call.world > 1
         if several and bool(getattr(dataloader, "num_workers", False)) and hasattr(dataloader, "worker_init_fn"):
             ending = EndWithParent(dataloader.worker_init_fn)
-            self._undo.append(replaced(dataloader, "worker_init_fn", ending))
-        return super().process_dataloader(dataloader)  # type: ignore[misc]
+            self._undo.append(replace_attribute(dataloader, "worker_init_fn", ending))
+        return super().process_dataloader(dataloader)
 
     # ------------------------------------------------------------------------------------------ meetings
 
-    def _meeting(self, where: str) -> AbstractContextManager[None]:
-        """Around a collective: name the ranks that do not come."""
-        return nullcontext() if self._roll_call is None else self._roll_call(where)
+    def naming_lost_ranks(self, where: str) -> AbstractContextManager[None]:
+        """Return the context of a collective, in which ranks that do not come are named."""
+        return nullcontext() if self.roll_call is None else self.roll_call(where)
 
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
         """Reduce a tensor over the ranks."""
-        with self._meeting("a reduction"):
-            return super().reduce(*args, **kwargs)  # type: ignore[misc]
+        with self.naming_lost_ranks("a reduction"):
+            return super().reduce(*args, **kwargs)
 
     def all_gather(self, *args: Any, **kwargs: Any) -> Any:
         """Gather a tensor from all ranks."""
-        with self._meeting("gathering tensors"):
-            return super().all_gather(*args, **kwargs)  # type: ignore[misc]
+        with self.naming_lost_ranks("gathering tensors"):
+            return super().all_gather(*args, **kwargs)
 
     def broadcast(self, *args: Any, **kwargs: Any) -> Any:
         """Broadcast an object."""
-        with self._meeting("a broadcast"):
-            return super().broadcast(*args, **kwargs)  # type: ignore[misc]
+        with self.naming_lost_ranks("a broadcast"):
+            return super().broadcast(*args, **kwargs)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks."""
         name = args[0] if args else kwargs.get("name")
-        with self._meeting(f"the barrier {name!r}" if name else "a barrier"):
-            super().barrier(*args, **kwargs)  # type: ignore[misc]
+        with self.naming_lost_ranks(f"the barrier {name!r}" if name else "a barrier"):
+            super().barrier(*args, **kwargs)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Note that one is being written: the others wait for it."""
-        if self._roll_call is not None:
-            self._roll_call.note("writing a checkpoint")
-        super().save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        if self.roll_call is not None:
+            self.roll_call.note("writing a checkpoint")
+        super().save_checkpoint(*args, **kwargs)

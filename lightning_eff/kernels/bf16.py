@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.numerics import bf16 as functional
-from lightning_eff.kernels.operands import CPU, MASK64, kernels_for, pointer, threads, wrote
+from lightning_eff.functional.random import MASK64
+from lightning_eff.kernels.operands import CPU, kernels_for, pointer, threads, wrote
 
 _HALF, _WHOLE, _LOWER = torch.bfloat16, torch.float32, torch.int16
 
@@ -173,7 +174,7 @@ def sgd_step(
     weight, grad = weight.detach(), grad.detach()
     kernels = _kernels_for(weight, kept, grad, buffer)
     fits = buffer is None or (buffer.dtype is torch.float32 and buffer.shape == weight.shape)
-    if kernels is None or not fits or not _rounds_like_torch(kernels):
+    if kernels is None or not fits or not rounds_like_torch(kernels):
         return False
     _sgd(kernels, rule, weight, kept, grad, buffer, update=update, first=first, seed=seed)
     wrote(weight)
@@ -213,8 +214,8 @@ def _sgd(
 
 
 @functools.cache
-def _rounds_like_torch(kernels: ctypes.CDLL) -> bool:
-    """Whether the kernel's fused multiply-adds are what torch's ``add`` with ``alpha`` does on this machine."""
+def rounds_like_torch(kernels: ctypes.CDLL) -> bool:
+    """Return whether the kernel's fused multiply-adds are what torch's ``add`` with ``alpha`` does on this machine."""
     rule = SGDRule(lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.01, nesterov=True, maximize=True)
     generator = torch.Generator().manual_seed(0)  # vectors, and a rest
     value, grad, buffer = torch.randn(3, 1003, generator=generator, dtype=torch.float32, device=CPU)

@@ -1,4 +1,4 @@
-"""Build the compiled kernels from ``src/*.cpp`` on first use and load them with ctypes.
+"""Build the compiled kernels from ``src`` on first use and load them with ctypes.
 
 The library has a plain C interface: it needs no torch headers and serves every torch version. Compiling takes one core
 five to seven seconds (g++ 12 at ``-O3``; two compilers side by side gained nothing on two busy cores), once per
@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 from lightning_eff.errors import FallbackWarning
 from lightning_eff.kernels.cache import (
-    cache_directory,
     in_usable_folder,
     locked,
     read_trusted,
@@ -33,6 +32,7 @@ from lightning_eff.kernels.cache import (
 )
 from lightning_eff.kernels.compiler import (
     FLAGS,
+    HEADERS,
     SOURCES,
     CompilerError,
     asked_compiler,
@@ -40,8 +40,6 @@ from lightning_eff.kernels.compiler import (
     find_compiler,
     openmp_of_torch,
 )
-
-__all__ = ["FLAGS", "cache_directory", "library", "machine_key", "measurement_key"]
 
 LIMIT_S = 300.0
 """Waiting for another process's build and building take at most this long together."""
@@ -87,7 +85,7 @@ class Obtained(NamedTuple):
 
 @functools.cache
 def cpu_facts() -> tuple[str, ...]:
-    """Model and features of the processor as Linux tells them; elsewhere what is known, down to the host's name."""
+    """Return the processor's model and features as Linux tells them, elsewhere what is known, or the host's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -98,27 +96,27 @@ def cpu_facts() -> tuple[str, ...]:
 
 @functools.cache
 def machine_key() -> str:
-    """A name for this kind of machine: CPU model and features, so that a shared home directory holds several."""
+    """Return a name for this kind of machine, CPU model and features: a shared home directory holds several."""
     return hashlib.sha256("\n".join([sys.platform, *cpu_facts()]).encode()).hexdigest()[:16]
 
 
 @functools.cache
-def _build_key() -> str:
-    """A name for what is compiled, how, and for which machine.
+def build_key() -> str:
+    """Return a name for what is compiled, how, and for which machine.
 
     Of the compiler only ``$CXX`` counts: a machine from which it has been removed goes on using what it made.
     """
-    sources = b"".join(source.read_bytes() for source in SOURCES)
+    sources = b"".join(source.read_bytes() for source in (*HEADERS, *SOURCES))
     how = repr((FLAGS, asked_compiler(), machine_key(), openmp_of_torch()))
     return hashlib.sha256(sources + how.encode(errors="surrogateescape")).hexdigest()[:20]
 
 
 def measurement_key() -> str:
-    """A name for what a measurement of the kernels depends on: an upgrade measures anew."""
-    return _build_key()
+    """Return a name for what a measurement of the kernels depends on: an upgrade measures anew."""
+    return build_key()
 
 
-def _load(data: bytes, path: Path) -> ctypes.CDLL:
+def load(data: bytes, path: Path) -> ctypes.CDLL:
     """Load exactly the bytes that were checked; an OSError if they are no library or lack a function."""
     library = _open(data, path)
     try:
@@ -158,14 +156,14 @@ def _cached(path: Path) -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"{error}. "
     try:
-        return _load(data, path), ""
+        return load(data, path), ""
     except OSError as error:
         return None, f"{path} cannot be loaded ({error}); delete it. "
 
 
 def _from_folder(folder: Path, until: float) -> Obtained:
     """The kernels from ``folder``; built, if need be, by the one process that holds its lock."""
-    path = folder / f"kernels-{_build_key()}.so"
+    path = folder / f"kernels-{build_key()}.so"
     kernels, _ = _cached(path)
     if kernels is not None:
         return Obtained(kernels, folder, ())
@@ -187,7 +185,7 @@ def _build(path: Path, until: float) -> Obtained:
         built = compile_library(compiler, scratch, max(until - time.monotonic(), 0.0))
         data = built.read_bytes()
         try:
-            kernels = _load(data, built)
+            kernels = load(data, built)
         except OSError as error:
             raise CompilerError(f"{compiler.command[0]} made a library that cannot be loaded: {error}.") from error
     if compiler.complaint:
@@ -217,7 +215,7 @@ def obtained() -> Obtained:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or ``None`` (with one :class:`FallbackWarning`) when they cannot be had here.
+    """Return the compiled kernels, or ``None`` (with one :class:`FallbackWarning`) when they cannot be had here.
 
     One FallbackWarning, too, where they are there but not from the folder asked for, or not by the compiler asked for.
     ``LIGHTNING_EFF_KERNELS=0`` switches them off without a warning.

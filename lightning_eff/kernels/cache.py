@@ -40,7 +40,7 @@ class UntrustedError(OSError):
 
 
 def cache_directory() -> Path:
-    """The folder asked for: ``$LIGHTNING_EFF_CACHE``, else ``lightning_eff`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """Return ``$LIGHTNING_EFF_CACHE``, else the folder ``lightning_eff`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     An empty variable counts as unset, ``~`` is expanded, a relative ``XDG_CACHE_HOME`` is ignored (as its specification
     wants), a relative ``LIGHTNING_EFF_CACHE`` starts from the working folder. Without a home: the private folder.
@@ -62,7 +62,7 @@ def _asked_directory() -> Path:
 
 
 def private_directory() -> Path:
-    """The folder that is used where the one asked for cannot be: among the temporary files, of this user alone."""
+    """Return the folder used where the one asked for cannot be: among the temporary files, of this user alone."""
     user = os.geteuid() if hasattr(os, "geteuid") else "user"
     return Path(tempfile.gettempdir()).absolute() / f"lightning_eff-{user}"
 
@@ -190,7 +190,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder for unfinished files with room for a build; it is removed at the end.
+    """Make a folder for unfinished files with room for a build; it is removed at the end.
 
     Raises:
         OSError: the disk or the quota is full, the folder is read-only.

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.fp8 import E4M3
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3
 from lightning_eff.kernels.build import LIMIT_S, cpu_facts, library, measurement_key, obtained
 from lightning_eff.kernels.cache import cache_directory, in_usable_folder, locked, read_trusted, write_trusted
-from lightning_eff.kernels.compiler import find_compiler
+from lightning_eff.kernels.compiler import SOURCES, find_compiler
 from lightning_eff.kernels.fp8 import fp8_product
 from lightning_eff.kernels.int16 import int16_native
 from lightning_eff.kernels.products import code_product
@@ -72,7 +72,7 @@ def _small_integers(dtype: torch.dtype, largest: int, device: torch.device) -> t
 
 
 def measure_int8(device: torch.device) -> Measured:
-    """The int8 product against the one in float32.
+    """Measure the int8 product against the one in float32.
 
     Returns:
         ``native_s`` and ``plain_s`` (seconds), ``exact`` (all sums equal), ``native`` (exact and faster).
@@ -83,15 +83,15 @@ def measure_int8(device: torch.device) -> Measured:
 
 
 def measure_fp8(device: torch.device) -> Measured:
-    """The FP8 product against the one in bfloat16; see :func:`measure_int8`."""
+    """Measure the FP8 product against the one in bfloat16; see :func:`measure_int8`."""
     a, b, product = _small_integers(torch.float32, 8, device)
     one, wide = torch.ones((), dtype=torch.float32, device=device), (a.to(torch.bfloat16), b.to(torch.bfloat16))
-    left, right = Codes(a.to(E4M3), one), Codes(b.t().contiguous().to(E4M3).t(), one)
+    left, right = Codes(a.to(FP8_E4M3), one), Codes(b.t().contiguous().to(FP8_E4M3).t(), one)
     return _timed(lambda: fp8_product(left, right), lambda: torch.mm(*wide), product)
 
 
 def measure_int16(device: torch.device) -> Measured:
-    """The int16 product against its emulation; see :func:`measure_int8`."""
+    """Measure the int16 product against its emulation; see :func:`measure_int8`."""
     a, b, product = _small_integers(torch.int16, 64, device)
     return _timed(lambda: code_product(a, b, native=True), lambda: code_product(a, b, native=False), product)
 
@@ -103,14 +103,14 @@ _MEASURES: dict[str, Callable[[torch.device], Measured]] = {
 }
 
 
-def _measure(kind: str, device: torch.device) -> Measured:
+def measure(kind: str, device: torch.device) -> Measured:
     """Measure now, whatever context of Lightning this is called in."""
     with torch.autocast(device.type, enabled=False):
         return _MEASURES[kind](device)
 
 
-def _remembered(kind: str, device: torch.device) -> Measured:
-    """The measurement all processes of this machine go by, made now if it is not there."""
+def remembered(kind: str, device: torch.device) -> Measured:
+    """Return the measurement all processes of this machine go by, made now if it is not there."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     kernels = "torch" if library() is None else "compiled"  # asked before the lock is taken: building takes it, too
     file = re.sub(r"[^\w.+-]", "_", f"{kind}-{measurement_key()}-{kernels}-{torch.__version__}-{name}")[:200] + ".json"
@@ -129,7 +129,7 @@ def _agreed(path: Path, kind: str, device: torch.device) -> Measured:
         if not held:
             raise OSError(f"{path.parent} has no locks")
         if (found := _read(path)) is None:
-            found = _measure(kind, device)
+            found = measure(kind, device)
             write_trusted(path, json.dumps(found).encode())
         return found
 
@@ -140,10 +140,11 @@ def _read(path: Path) -> Measured | None:
         found = json.loads(read_trusted(path))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if _makes_sense(found) else None
+    return found if makes_sense(found) else None
 
 
-def _makes_sense(found: object) -> bool:
+def makes_sense(found: object) -> bool:
+    """Tell whether what was read is a measurement: its keys, types and numbers fit each other."""
     if not isinstance(found, dict) or {key: type(value) for key, value in found.items()} != _KEYS:
         return False
     times = found["native_s"], found["plain_s"]
@@ -152,12 +153,12 @@ def _makes_sense(found: object) -> bool:
 
 def _undisputed(kind: str, device: torch.device) -> Measured:
     """The choice without a place to agree on: what every process of this machine finds alike, whatever it timed."""
-    found = _measure(kind, device)
-    return {**found, "native": bool(found["exact"]) and _has_units(kind, device)}
+    found = measure(kind, device)
+    return {**found, "native": bool(found["exact"]) and has_units(kind, device)}
 
 
-def _has_units(kind: str, device: torch.device) -> bool:
-    """Whether the processor multiplies such codes in units of their own."""
+def has_units(kind: str, device: torch.device) -> bool:
+    """Return whether the processor multiplies such codes in units of their own."""
     if device.type == "cuda":
         return kind in _LEAST_CAPABILITY and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY[kind]
     if kind == "int16":
@@ -171,50 +172,59 @@ def _device(kind: str, index: int | None) -> torch.device:
 
 
 @functools.cache
-def _native(kind: str, device_type: str, index: int | None) -> bool:
+def is_native(kind: str, device_type: str, index: int | None) -> bool:
+    """Tell whether products of this kind run natively: as the environment says, or as was measured."""
     forced = os.environ.get(f"LIGHTNING_EFF_{kind.upper()}", "")
     if forced in ("0", "1"):
         return forced == "1"
-    return bool(_remembered(kind, _device(device_type, index))["native"])
+    return bool(remembered(kind, _device(device_type, index))["native"])
 
 
 def native_int8(device: torch.device | str = "cpu") -> bool:
-    """Whether products of int8 codes run natively on ``device``: exact and faster than float32 when measured.
+    """Return whether products of int8 codes run natively on ``device``: exact and faster than float32 when measured.
 
     ``LIGHTNING_EFF_INT8=0`` or ``=1`` overrides the measurement.
     """
     device = torch.device(device)
-    return device.type in ("cpu", "cuda") and _native("int8", device.type, device.index)
+    return device.type in ("cpu", "cuda") and is_native("int8", device.type, device.index)
 
 
 def native_int16(device: torch.device | str = "cpu") -> bool:
-    """Whether products of int16 codes run natively on ``device``: a CPU where they were faster than emulated.
+    """Return whether products of int16 codes run natively on ``device``: a CPU where they were faster than emulated.
 
     ``LIGHTNING_EFF_INT16=0`` or ``=1`` overrides the measurement.
     """
     device = torch.device(device)
-    return device.type == "cpu" and _native("int16", device.type, device.index)
+    return device.type == "cpu" and is_native("int16", device.type, device.index)
 
 
 def native_fp8(device: torch.device | str = "cuda") -> bool:
-    """Whether products of FP8 codes run natively on ``device``: a GPU where they were faster than bfloat16.
+    """Return whether products of FP8 codes run natively on ``device``: a GPU where they were faster than bfloat16.
 
     ``LIGHTNING_EFF_FP8=0`` or ``=1`` overrides the measurement. A CPU has no such units.
     """
     device = torch.device(device)
-    return device.type == "cuda" and _native("fp8", device.type, device.index)
+    return device.type == "cuda" and is_native("fp8", device.type, device.index)
 
 
 def describe() -> dict[str, str]:
-    """Facts about the fast paths on this machine, for ``python -m lightning_eff doctor``."""
-    found, kernels, compiler = _remembered("int8", torch.device("cpu")), obtained(), find_compiler()
-    speed = f"{found['plain_s'] / found['native_s']:.1f}x float32 at {SIZE}^3" if found["native_s"] else "not measured"
+    """Return facts about the fast paths on this machine, for ``python -m lightning_eff doctor``."""
+    cpu, kernels, compiler = torch.device("cpu"), obtained(), find_compiler()
     return {
         "compiled quantisers": "yes" if library() is not None else "no (torch versions are used)",
+        "compiled families": ", ".join(source.stem for source in SOURCES) if library() is not None else "none",
         "int8 products": "native" if native_int8() else "emulated in float32",
-        "int8 speed": f"{speed}, sums {'exact' if found['exact'] else 'NOT exact'}",
+        "int8 speed": _speed(remembered("int8", cpu), "float32"),
         "int16 products": "native" if native_int16() else "emulated in float64",
+        "int16 speed": _speed(remembered("int16", cpu), "float64"),
+        "fp8 products": "native" if torch.cuda.is_available() and native_fp8() else "emulated in bfloat16",
         "compiler": f"{compiler.complaint}{' '.join(compiler.command) or 'none found'}",
         "cache": str(kernels.folder or cache_directory()),
         "cache state": " ".join(kernels.said) or ("checked and used" if kernels.kernels else "not used"),
     }
+
+
+def _speed(found: Measured, plain: str) -> str:
+    """How the native product compares with the one in ``plain``."""
+    speed = f"{found['plain_s'] / found['native_s']:.1f}x {plain} at {SIZE}^3" if found["native_s"] else "not measured"
+    return f"{speed}, sums {'exact' if found['exact'] else 'NOT exact'}"

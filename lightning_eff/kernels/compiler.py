@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCES = sorted((Path(__file__).parent / "src").glob("*.cpp"))
+_SRC = Path(__file__).parent / "src"
+SOURCES, HEADERS = sorted(_SRC.glob("*.cpp")), sorted(_SRC.glob("*.h"))
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
@@ -44,12 +45,12 @@ class Compiler(NamedTuple):
 
 
 def asked_compiler() -> str:
-    """``$CXX``; empty if it is unset."""
+    """Return ``$CXX``; empty if it is unset."""
     return os.environ.get("CXX", "").strip()
 
 
 def find_compiler() -> Compiler:
-    """The compiler of ``$CXX``, or the first of g++, clang++ and c++ that is there."""
+    """Return the compiler of ``$CXX``, or the first of g++, clang++ and c++ that is there."""
     complaint = ""
     if asked := asked_compiler():
         words = [asked] if shutil.which(asked) else _words(asked)  # a path may hold spaces and be no list of words
@@ -69,7 +70,7 @@ def _words(text: str) -> list[str]:
 
 @functools.cache
 def openmp_of_torch() -> tuple[str, ...]:
-    """Link arguments for the OpenMP runtime inside the torch wheel, if it brings one."""
+    """Return link arguments for the OpenMP runtime inside the torch wheel, if it brings one."""
     import torch
 
     root = Path(torch.__file__).parent

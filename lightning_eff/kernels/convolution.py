@@ -37,7 +37,7 @@ GATHER_BYTES = 4 << 20
 
 
 def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
-    """Codes (N, D, H, W, C) -> (N * positions, T * C): the values under each tap, zero outside.
+    """Gather codes (N, D, H, W, C) -> (N * positions, T * C): the values under each tap, zero outside.
 
     Args:
         src: contiguous channels-last codes.
@@ -49,7 +49,7 @@ def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
     positions, count = images * out_size[0] * out_size[1] * out_size[2], taps.shape[1]
     kernels = kernels_for(src, taps) if src.dtype in (torch.int8, torch.int16) else None
     if kernels is None:
-        return _gather_indexed(src, taps, step, out_size)
+        return gather_indexed(src, taps, step, out_size)
     if src.dtype == torch.int16:  # two bytes are two channels to the kernel
         return gather(src.view(torch.int8), taps, step, out_size).view(torch.int16)
     out = scratch("gather", positions * count * channels, torch.int8).view(positions, count * channels)
@@ -69,8 +69,8 @@ def gather(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
     return out
 
 
-def _gather_indexed(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
-    """:func:`gather` by advanced indexing, for any device and dtype."""
+def gather_indexed(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -> Tensor:
+    """Do as :func:`gather` by advanced indexing, for any device and dtype."""
     inside = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=src.device)
     places = []
     for axis in range(3):
@@ -84,8 +84,8 @@ def _gather_indexed(src: Tensor, taps: Tensor, step: Triple, out_size: Triple) -
     return out.reshape(-1, taps.shape[1] * src.shape[-1])
 
 
-def _groups(images: int, bytes_per_image: int, at_least: int = 0) -> Iterator[slice]:
-    """Groups of images that gather about :data:`GATHER_BYTES`, or ``at_least`` bytes where a group has a fixed cost."""
+def image_groups(images: int, bytes_per_image: int, at_least: int = 0) -> Iterator[slice]:
+    """Yield groups of images that gather :data:`GATHER_BYTES`, or ``at_least`` bytes if groups have a fixed cost."""
     size = max(1, max(GATHER_BYTES, at_least) // max(bytes_per_image, 1))
     return (slice(start, min(start + size, images)) for start in range(0, images, size))
 
@@ -123,7 +123,7 @@ def _write_all(
     """Rescale the sums (N, D, H, W, C) of a whole convolution into a new tensor."""
     images, *size, channels = acc.shape
     out = _new(images, size, channels, dtype, acc.device, keep_last=keep_last)
-    for group in _groups(images, acc[:1].numel() * 4):
+    for group in image_groups(images, acc[:1].numel() * 4):
         _write(acc[group].flatten(0, 3), a, b, out[group], bias=bias, keep_last=keep_last)
     return out
 
@@ -145,7 +145,7 @@ def conv_forward(
     dtype: torch.dtype = torch.float32,
     keep_last: bool = True,
 ) -> Tensor:
-    """Output of the convolution, (N, D', H', W', O), or contiguous (N, O, D', H', W') without ``keep_last``.
+    """Return the convolution's output, (N, D', H', W', O), or (N, O, D', H', W') without ``keep_last``; contiguous.
 
     Args:
         x: codes (N, D, H, W, C).
@@ -163,7 +163,7 @@ def conv_forward(
     positions, matrix = out_size[0] * out_size[1] * out_size[2], weight.codes.view(channels, -1).t()
     out = _new(images, out_size, channels, dtype, x.codes.device, keep_last=keep_last)
     taps = geometry.taps
-    for group in _groups(images, positions * matrix.shape[0] * x.codes.itemsize):
+    for group in image_groups(images, positions * matrix.shape[0] * x.codes.itemsize):
         acc = code_product(_columns(x.codes[group], geometry, taps, out_size), matrix, native=native)
         _write(acc, x.scale, weight.scale, out[group], bias=bias, keep_last=keep_last)
     return out
@@ -179,7 +179,7 @@ def conv_input_grad(
     dtype: torch.dtype = torch.float32,
     keep_last: bool = True,
 ) -> Tensor:
-    """Gradient of the input, (N, D, H, W, C), or contiguous (N, C, D, H, W) without ``keep_last``.
+    """Return the gradient of the input, (N, D, H, W, C), or (N, C, D, H, W) without ``keep_last``; contiguous.
 
     Args:
         grad: codes of the output gradient (N, D', H', W', O).
@@ -205,7 +205,7 @@ def conv_input_grad(
             continue
         matrix = weight.codes[:, kept].permute(1, 0, 2).reshape(-1, inputs)
         z, y, x = target.shape[1:4]
-        for group in _groups(images, z * y * x * matrix.shape[0] * grad.codes.itemsize):
+        for group in image_groups(images, z * y * x * matrix.shape[0] * grad.codes.itemsize):
             codes = grad.codes[group]
             columns = codes.reshape(-1, channels) if geometry.pointwise else gather(codes, taps, (1, 1, 1), (z, y, x))
             acc = code_product(columns, matrix, native=native)
@@ -219,7 +219,7 @@ def conv_input_grad(
 def conv_weight_grad(
     grad: Codes, x: Codes, geometry: Geometry, *, native: bool, factor: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Gradient of the weight, (O, T, C / groups).
+    """Return the gradient of the weight, (O, T, C / groups).
 
     Args:
         grad: codes of the output gradient (N, D', H', W', O).
@@ -242,7 +242,7 @@ def conv_weight_grad(
                 grad.codes[group].reshape(-1, channels).t(),
                 _columns(x.codes[group], geometry, taps, (out_size[0], out_size[1], out_size[2])),
             )
-            for group in _groups(images, positions * width * x.codes.itemsize, at_least=8 * channels * width)
+            for group in image_groups(images, positions * width * x.codes.itemsize, at_least=8 * channels * width)
         ),
         native=native,
     )

@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.numerics import float_format as plain
-from lightning_eff.functional.numerics.float_format import FloatFormat, Infinity, Rounding, check_choices, unencodable
-from lightning_eff.functional.random import draw_seed
-from lightning_eff.kernels.operands import FLOATS, MASK64, TYPES, empty, kernels_for, pointer, prepared, threads
+from lightning_eff.functional.numerics.float_format import (
+    FloatFormat,
+    FloatRounding,
+    Infinity,
+    check_choices,
+    unencodable,
+)
+from lightning_eff.functional.random import MASK64, draw_seed
+from lightning_eff.kernels.operands import FLOATS, TYPES, empty, kernels_for, pointer, prepared, threads
 
 _CODES = 2
 
@@ -38,7 +44,7 @@ def _convert(
     kernels: ctypes.CDLL,
     x: Tensor,
     fmt: FloatFormat,
-    rounding: Rounding,
+    rounding: FloatRounding,
     seed: int | None,
     infinity: Infinity,
     out: Tensor,
@@ -71,12 +77,12 @@ def quantize(
     x: Tensor,
     fmt: FloatFormat,
     *,
-    rounding: Rounding = "nearest",
+    rounding: FloatRounding = "nearest",
     seed: int | None = None,
     infinity: Infinity = "propagate",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Values of ``fmt``, see :func:`lightning_eff.functional.quantize`; the result is contiguous."""
+    """Round to values of ``fmt``, see :func:`lightning_eff.functional.quantize`; the result is contiguous."""
     check_choices(rounding, infinity)
     kernels = _library_for(x)
     if kernels is None:
@@ -91,11 +97,11 @@ def encode(
     x: Tensor,
     fmt: FloatFormat,
     *,
-    rounding: Rounding = "nearest",
+    rounding: FloatRounding = "nearest",
     seed: int | None = None,
     infinity: Infinity = "propagate",
 ) -> Tensor:
-    """Codes of ``fmt``, see :func:`lightning_eff.functional.encode`; the result is contiguous."""
+    """Round to codes of ``fmt``, see :func:`lightning_eff.functional.encode`; the result is contiguous."""
     check_choices(rounding, infinity)
     kernels = _library_for(x)
     if kernels is None:

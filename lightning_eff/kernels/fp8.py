@@ -11,11 +11,21 @@ from torch import Tensor
 
 from lightning_eff import functional
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2, LARGEST, largest_along
-from lightning_eff.kernels.operands import CPU, FLOATS, TYPES, buffer, empty, kernels_for, pointer, prepared, threads
+from lightning_eff.functional.numerics.fp8 import LARGEST, largest_along
+from lightning_eff.kernels.operands import (
+    CPU,
+    FLOATS,
+    FP8_FORMATS,
+    TYPES,
+    buffer,
+    empty,
+    kernels_for,
+    pointer,
+    prepared,
+    threads,
+)
 from lightning_eff.kernels.quantize import largest_magnitude
 
-_FORMATS = {E4M3: 0, E5M2: 1}
 ALIGNMENT = 16
 """What CUDA wants the inner and the right outer size of an FP8 product to be a multiple of."""
 
@@ -30,7 +40,7 @@ def fp8_encode(
     max_abs: float | None = None,
     observed: Tensor | None = None,
 ) -> tuple[Codes, Tensor | None]:
-    """FP8 values of ``x`` as bfloat16 codes, and the FP8 tensor itself if ``keep``.
+    """Return FP8 values of ``x`` as bfloat16 codes, and the FP8 tensor itself if ``keep``.
 
     Args:
         x: any floating tensor.
@@ -64,7 +74,7 @@ def fp8_encode(
         TYPES[x.dtype],
         n,
         pointer("eff_fp8_encode(scale)", scale, 2, torch.float32),
-        _FORMATS[dtype],
+        FP8_FORMATS[dtype],
         pointer("eff_fp8_encode(codes)", bytes_, n, dtype),
         pointer("eff_fp8_encode(values)", values, n, torch.bfloat16),
         None if max_abs is None else pointer("eff_fp8_encode(observed)", observed, 1, torch.float32),
@@ -84,16 +94,16 @@ def _encode_plain(
 
 
 def fp8_decode(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The bfloat16 values of finite FP8 ``codes``; ``out`` is a bfloat16 buffer to use."""
+    """Return the bfloat16 values of finite FP8 ``codes``; ``out`` is a bfloat16 buffer to use."""
     kernels = kernels_for(codes)
     if kernels is None:
         return codes.to(torch.bfloat16)
     codes, n = codes.contiguous(), codes.numel()
     values = buffer(out, codes.shape, n, torch.bfloat16)
     kernels.eff_fp8_decode(
-        pointer("eff_fp8_decode(codes)", codes, n, *_FORMATS),
+        pointer("eff_fp8_decode(codes)", codes, n, *FP8_FORMATS),
         n,
-        _FORMATS[codes.dtype],
+        FP8_FORMATS[codes.dtype],
         pointer("eff_fp8_decode(values)", values, n, torch.bfloat16),
         threads(),
     )
@@ -103,7 +113,7 @@ def fp8_decode(codes: Tensor, *, out: Tensor | None = None) -> Tensor:
 def fp8_product(
     a: Codes, b: Codes, *, factor: float = 1.0, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``(a.codes @ b.codes) * a.scale * b.scale * factor + bias`` on FP8 units, sums in float32.
+    """Return ``(a.codes @ b.codes) * a.scale * b.scale * factor + bias`` from FP8 units, sums in float32.
 
     CUDA's rules are met here: the left operand row-major, the right one column-major, sizes padded with zeros to
     multiples of :data:`ALIGNMENT`, bfloat16 results where there is a scale for each row.

@@ -14,10 +14,17 @@ from torch import Tensor
 
 from lightning_eff import functional
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
-from lightning_eff.kernels.operands import FLOATS, TYPES, buffer, empty, kernels_for, pointer, prepared, threads
-
-_FORMATS = {E4M3: 0, E5M2: 1}
+from lightning_eff.kernels.operands import (
+    FLOATS,
+    FP8_FORMATS,
+    TYPES,
+    buffer,
+    empty,
+    kernels_for,
+    pointer,
+    prepared,
+    threads,
+)
 
 
 def fp8_encode_along(
@@ -29,7 +36,7 @@ def fp8_encode_along(
     keep: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Codes, Tensor | None]:
-    """FP8 values of a matrix as bfloat16 codes, and the FP8 tensor itself if ``keep``.
+    """Return FP8 values of a matrix as bfloat16 codes, and the FP8 tensor itself if ``keep``.
 
     Args:
         x: (M, K), any floating dtype.
@@ -62,7 +69,7 @@ def fp8_encode_both(
     out: Tensor | None = None,
     out_columns: Tensor | None = None,
 ) -> tuple[Codes, Codes]:
-    """FP8 values of a matrix with a scale per row, and with a scale per column.
+    """Return FP8 values of a matrix with a scale per row, and with a scale per column.
 
     Args:
         x: (M, K), any floating dtype.
@@ -90,7 +97,7 @@ def fp8_encode_both(
 def _prepared(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ctypes.CDLL | None]:
     """``x`` as the kernels read it, and the kernels if they serve; that ``dtype`` is no format, ``functional`` says."""
     x = prepared(x)
-    return x, kernels_for(x) if dtype in _FORMATS else None
+    return x, kernels_for(x) if dtype in FP8_FORMATS else None
 
 
 def _widened(codes: Tensor, out: Tensor | None) -> Tensor:
@@ -105,7 +112,7 @@ class _Lines(NamedTuple):
     values: Tensor
 
     def pointers(self, n: int, dtype: torch.dtype) -> tuple[int, int | None, int | None]:
-        """Null for what is not wanted, and for what is empty."""
+        """Return the addresses, null for what is not wanted, and for what is empty."""
         return (
             pointer("eff_fp8_encode_lines(scales)", self.scale, self.scale.numel(), torch.float32),
             pointer("eff_fp8_encode_lines(codes)", self.kept, n, dtype),
@@ -133,7 +140,7 @@ def _encode(
         pointer("eff_fp8_encode_lines(x)", x, n, *FLOATS),
         TYPES[x.dtype],
         *x.shape,
-        _FORMATS[dtype],
+        FP8_FORMATS[dtype],
         power_of_two,
         *((None, None, None) if by_row is None else by_row.pointers(n, dtype)),
         *((None, None, None) if by_column is None else by_column.pointers(n, dtype)),

@@ -37,7 +37,7 @@ class Geometry:
     groups: int = 1
 
     def out_size(self, size: Sequence[int]) -> Triple:
-        """Output size for an input of ``size``."""
+        """Return the output size for an input of ``size``."""
         z, y, x = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
@@ -50,7 +50,7 @@ class Geometry:
         return self.kernel == (1, 1, 1) and self.stride == (1, 1, 1) and self.padding == (0, 0, 0)
 
     def along(self, axis: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Stride, padding and dilation from ``axis`` on."""
+        """Return stride, padding and dilation from ``axis`` on."""
         return self.stride[axis:], self.padding[axis:], self.dilation[axis:]
 
     @functools.cached_property
@@ -144,7 +144,7 @@ def _in_halves(run: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) ->
 
 
 def emulated_forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Sums of the output, (N, D', H', W', O): float32, or bfloat16 of bfloat16 values."""
+    """Return the sums of the output, (N, D', H', W', O): float32, or bfloat16 of bfloat16 values."""
     axes = _axes(geometry, x.shape[1])
     stride, padding, dilation = geometry.along(axes)
 
@@ -157,7 +157,7 @@ def emulated_forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 
 def emulated_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, size: Triple) -> Tensor:
-    """Sums of the input gradient, (N, D, H, W, C); types as in :func:`emulated_forward`."""
+    """Return the sums of the input gradient, (N, D, H, W, C); types as in :func:`emulated_forward`."""
     axes = _axes(geometry, size[0])
     shape = (grad.shape[0], *size, weight.shape[2] * geometry.groups)
     image = _image(grad.new_empty(shape, dtype=_arithmetic(grad)), axes)  # of which torch looks at shape and strides
@@ -169,7 +169,7 @@ def emulated_input_grad(grad: Tensor, weight: Tensor, geometry: Geometry, size: 
 
 
 def emulated_weight_grad(grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """Sums of the weight gradient, (O, T, C / groups), contiguous; types as in :func:`emulated_forward`.
+    """Return the sums of the weight gradient, (O, T, C / groups), contiguous; types as in :func:`emulated_forward`.
 
     From one group of images to the next integers are added up in float64, which is returned then.
     """

@@ -31,7 +31,7 @@ from lightning_eff.kernels.operands import kernels_for, matrix_pointer, pointer,
 
 
 def int16_native() -> bool:
-    """Whether :func:`int16_product` runs on int16 units of this processor (AVX512-VNNI), faster than float32."""
+    """Return whether :func:`int16_product` runs on int16 units of this processor (AVX512-VNNI), faster than float32."""
     kernels, native = kernels_for(), ctypes.c_int32()
     if kernels is not None:
         kernels.eff_int16_native(ctypes.byref(native))
@@ -39,7 +39,7 @@ def int16_native() -> bool:
 
 
 def int16_product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """``a @ b`` of integers, in float32.
+    """Return ``a @ b`` of integers, in float32.
 
     On the CPU this is the compiled kernel: with AVX512-VNNI about twice as fast as float32 (1.2 times for uniform codes
     that fill int16 on both sides), slower than float32 on other processors. Elsewhere the product is taken in float64,
@@ -107,7 +107,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def halves(codes: Tensor) -> list[tuple[float, Tensor]]:
-    """``codes`` as a sum of (factor, tensor): of int16, float32 integers in -128..128; of others, the codes themselves.
+    """Return ``codes`` as a sum of (factor, tensor): of int16, float32 integers in -128..128; of others, the codes.
 
     Integers up to 256 fit bfloat16 and TF32, whichever a product makes of its float32 operands.
     """

@@ -14,7 +14,7 @@ from lightning_eff.kernels.operands import FLOATS, TYPES, kernels_for, pointer, 
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """(N, C, *space) -> contiguous (N, *space, C); ``x`` itself, as a view, where its memory lies so."""
+    """Turn (N, C, *space) into contiguous (N, *space, C); ``x`` itself, as a view, where its memory lies so."""
     last = x.movedim(1, -1)
     if last.is_contiguous() or not x.is_contiguous():
         return last.contiguous()
@@ -24,7 +24,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def images(x: Tensor, space: Sequence[int], *, last: bool) -> Tensor:
-    """A product's result (N, ..., C), or (N, C, ...) unless ``last``, as (N, C, *space): a view.
+    """View a product's result (N, ..., C), or (N, C, ...) unless ``last``, as (N, C, *space).
 
     ``...`` are ``space`` and axes of size one before it.
     """

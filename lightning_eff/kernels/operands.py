@@ -25,13 +25,13 @@ from lightning_eff.kernels.build import library
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Element types that kernels read and write, by the number that tells them which."""
 FLOATS = tuple(TYPES)
+FP8_FORMATS = {torch.float8_e4m3fn: 0, torch.float8_e5m2: 1}
+"""Formats of FP8 codes, by the number that tells kernels which."""
 CPU = torch.device("cpu")
-MASK64 = (1 << 64) - 1
-"""Seeds are 64 bits."""
 
 
 def kernels_for(*tensors: Tensor | None) -> ctypes.CDLL | None:
-    """The compiled kernels, where all ``tensors`` (but those that are None) lie on the CPU and there are any."""
+    """Return the compiled kernels, if there are any and all ``tensors`` (but those that are None) lie on the CPU."""
     for x in tensors:  # a loop costs half of all()
         if x is not None and not x.is_cpu:
             return None
@@ -39,7 +39,7 @@ def kernels_for(*tensors: Tensor | None) -> ctypes.CDLL | None:
 
 
 def prepared(x: Tensor) -> Tensor:
-    """``x`` as kernels read it: without history, float32 or bfloat16, its elements in order, one after the other."""
+    """Return ``x`` as kernels read it: without history, float32 or bfloat16, its elements in order, without gaps."""
     x = x.detach()
     if x.is_neg():  # a view that negates when it is read, part of the conjugate of a complex tensor
         x = x.resolve_neg()
@@ -47,17 +47,17 @@ def prepared(x: Tensor) -> Tensor:
 
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor for kernels to write to, whatever the default dtype and the default device are."""
+    """Return an uninitialised tensor for kernels to write to, whatever the default dtype and the default device are."""
     return torch.empty(shape, dtype=dtype, device=CPU)
 
 
 def buffer(out: Tensor | None, shape: tuple[int, ...] | torch.Size, numel: int, dtype: torch.dtype) -> Tensor:
-    """The first ``numel`` elements of ``out``, or of a new tensor, as a tensor of ``shape``."""
+    """Return the first ``numel`` elements of ``out``, or of a new tensor, as a tensor of ``shape``."""
     return empty(shape, dtype) if out is None else out[:numel].view(shape)
 
 
 def threads() -> int:
-    """How many threads a kernel may use: as many as torch does."""
+    """Return how many threads a kernel may use: as many as torch does."""
     return torch.get_num_threads()
 
 
@@ -68,7 +68,7 @@ def wrote(x: Tensor) -> None:
 
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Products of codes are to be made in the dtypes of the codes."""
+    """Let products of codes be made in the dtypes of the codes."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
@@ -83,7 +83,7 @@ def pointer(place: str, x: Tensor, numel: int, *dtypes: torch.dtype, any_order: 
 @overload
 def pointer(place: str, x: Tensor | None, numel: int, *dtypes: torch.dtype, any_order: bool = False) -> int | None: ...
 def pointer(place: str, x: Tensor | None, numel: int, *dtypes: torch.dtype, any_order: bool = False) -> int | None:
-    """The address of ``x`` for a kernel, or a null pointer for None, after a look at what lies there.
+    """Return the address of ``x`` for a kernel, or a null pointer for None, after a look at what lies there.
 
     Less than a microsecond: the shortest kernel takes several.
 
@@ -111,7 +111,7 @@ def pointer(place: str, x: Tensor | None, numel: int, *dtypes: torch.dtype, any_
 
 
 def matrix_pointer(place: str, x: Tensor, dtype: torch.dtype) -> int:
-    """The address of a matrix with any strides, for a kernel that is told them; see :func:`pointer`.
+    """Return the address of a matrix with any strides, for a kernel that is told them; see :func:`pointer`.
 
     Raises:
         InternalError: the kernel would read something else than the elements of ``x``.
@@ -125,14 +125,14 @@ def matrix_pointer(place: str, x: Tensor, dtype: torch.dtype) -> int:
 
 
 def memory(x: Tensor) -> tuple[int, int]:
-    """Address and bytes of the memory of a CPU tensor of any dtype; no more than there is (expanded, freed)."""
+    """Return address and bytes of the memory of a CPU tensor of any dtype; no more than there is (expanded, freed)."""
     there = x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
     size = max(int(min(x.numel() * x.itemsize, there)), 0)
     return (x.data_ptr() if size else 0), size
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the elements fill one piece of memory, in any order of axes."""
+    """Return whether the elements fill one piece of memory, in any order of axes."""
     if x.is_contiguous():
         return True
     strides = x.stride()

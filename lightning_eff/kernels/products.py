@@ -33,16 +33,15 @@ from torch import Tensor
 from lightning_eff.functional.codes import Codes
 from lightning_eff.kernels.fp8 import fp8_product
 from lightning_eff.kernels.int16 import halves, int16_product
-from lightning_eff.kernels.operands import TYPES, empty, kernels_for, pointer, threads, without_autocast
+from lightning_eff.kernels.operands import FP8_FORMATS, TYPES, empty, kernels_for, pointer, threads, without_autocast
 
 INT8_TERM = 128 * 128
 """Largest magnitude of a product of two int8 codes."""
-_INT32_TERMS = (2**31 - 1) // INT8_TERM
-_FLOAT32_TERMS = 2**24 // INT8_TERM
+INT32_TERMS = (2**31 - 1) // INT8_TERM
+FLOAT32_TERMS = 2**24 // INT8_TERM
 _OTHER_TERMS = 1 << 20
 """Terms of sums that are float64 or are rounded anyway: those of int16 units and of values that are no integers."""
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SUM_TYPES = {torch.float32: 0, torch.int32: 1, torch.bfloat16: 2}
 
 
@@ -77,7 +76,7 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Operands with zeros added until CUDA's rules hold: more than 16 rows, inner and outer size multiples of 8."""
+    """Add zeros to the operands until CUDA's rules hold: more than 16 rows, inner and outer size multiples of 8."""
     (m, k), n = a.shape, b.shape[1]
     a = torch.nn.functional.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
     return a.contiguous(), torch.nn.functional.pad(b, (0, -n % 8, 0, -k % 8))
@@ -93,7 +92,7 @@ def _widened(name: str, codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
-    """Product of codes: exact for integers (int16 units round in float32, see :mod:`lightning_eff.kernels.int16`).
+    """Multiply codes, exactly for integers (int16 units round in float32, see :mod:`lightning_eff.kernels.int16`).
 
     Args:
         a: (M, K) int8, int16 (shared-exponent integers, or codes beyond int8), or values that bfloat16 holds: sums of
@@ -109,7 +108,7 @@ def code_product(a: Tensor, b: Tensor, *, native: bool) -> Tensor:
 
 
 def sum_of_products(pairs: Iterable[tuple[Tensor, Tensor]], *, native: bool) -> Tensor | None:
-    """Sum of :func:`code_product` over pairs of equal outer sizes; None if there is nothing to sum.
+    """Return the sum of :func:`code_product` over pairs of equal outer sizes; None if there is nothing to sum.
 
     A pair is used up before the next is asked for, so that all may lie in one buffer.
     """
@@ -125,7 +124,7 @@ def sum_of_products(pairs: Iterable[tuple[Tensor, Tensor]], *, native: bool) -> 
                 elif borrowed:
                     total = total.clone()
                 borrowed = False
-            part, overwritten = _product(left, right, native)
+            part, overwritten = single_product(left, right, native)
             if total is None:
                 total, borrowed = part, overwritten
             else:
@@ -142,7 +141,7 @@ def _longest_sum(a: Tensor, b: Tensor, native: bool) -> int:
     small = a.dtype == b.dtype == torch.int8
     if a.is_floating_point() or (native and a.dtype == b.dtype == torch.int16) or (a.is_cpu and not small):
         return _OTHER_TERMS
-    return _INT32_TERMS if native and small else _FLOAT32_TERMS
+    return INT32_TERMS if native and small else FLOAT32_TERMS
 
 
 def _cut(a: Tensor, b: Tensor, limit: int) -> Iterable[tuple[Tensor, Tensor]]:
@@ -153,8 +152,8 @@ def _cut(a: Tensor, b: Tensor, limit: int) -> Iterable[tuple[Tensor, Tensor]]:
     return zip(a.split(limit, 1), b.split(limit, 0), strict=True)
 
 
-def _product(a: Tensor, b: Tensor, native: bool) -> tuple[Tensor, bool]:
-    """``a @ b``, of few enough terms, and whether it lies in a buffer that the next product overwrites."""
+def single_product(a: Tensor, b: Tensor, native: bool) -> tuple[Tensor, bool]:
+    """Return ``a @ b``, of few enough terms, and whether it lies in a buffer that the next product overwrites."""
     small = a.dtype == b.dtype == torch.int8
     if native and small:
         return _int_mm(a, b), True
@@ -180,7 +179,7 @@ def rescale(
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``acc * (a * b * factor) + bias`` in one pass; ``acc * (a * factor) * b + bias`` where a or b is a vector.
+    """Return ``acc * (a * b * factor) + bias`` in one pass; ``acc * (a * factor) * b + bias`` if a or b is a vector.
 
     Args:
         acc: (M, N) int32, float32, float64 or bfloat16 sums.
@@ -243,8 +242,8 @@ def scaled_product(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``(a.codes @ b.codes) * (a.scale * b.scale * factor) + bias``, codes (M, K) and (K, N), result (M, N)."""
-    if native and a.codes.dtype in FP8 and a.codes.numel() and b.codes.numel():
+    """Return ``(a.codes @ b.codes) * (a.scale * b.scale * factor) + bias``; codes (M, K) and (K, N), result (M, N)."""
+    if native and a.codes.dtype in FP8_FORMATS and a.codes.numel() and b.codes.numel():
         return fp8_product(a, b, factor=factor, bias=bias, dtype=dtype)
     acc = code_product(a.codes, b.codes, native=native)
     return rescale(acc, a.scale, b.scale, factor=factor, bias=bias, dtype=dtype)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.numerics import lognormal as plain
-from lightning_eff.functional.random import draw_seed
+from lightning_eff.functional.random import MASK64, draw_seed
 from lightning_eff.kernels.operands import (
     CPU,
     FLOATS,
-    MASK64,
     TYPES,
     empty,
     kernels_for,

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from lightning_eff import functional
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.luq import Rounding
+from lightning_eff.functional.numerics.luq import GradientRounding
 from lightning_eff.functional.numerics.sawb import COEFFICIENTS, Unsigned
-from lightning_eff.functional.random import draw_seed
+from lightning_eff.functional.random import MASK64, draw_seed
 from lightning_eff.kernels.operands import (
     CPU,
     FLOATS,
-    MASK64,
     TYPES,
     buffer,
     empty,
@@ -39,7 +38,7 @@ _COEFFICIENTS = torch.tensor(
 def sawb_encode(
     x: Tensor, *, unsigned: Unsigned = False, pack: bool = False, out: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Codes, Tensor | None, bool]:
-    """INT4 codes of ``x``, unsigned codes where ``unsigned`` allows them and no element is negative.
+    """Return INT4 codes of ``x``, unsigned ones where ``unsigned`` allows them and no element is negative.
 
     Args:
         x: contiguous, any floating dtype.
@@ -105,7 +104,7 @@ def unpack_int4(packed: Tensor, numel: int, *, unsigned: bool = False, out: Tens
 
 
 def fingerprint(x: Tensor) -> int:
-    """A number that changes, almost surely, when a dense tensor is overwritten; 0 where there is no cheap way."""
+    """Return a number that changes, almost surely, if a dense tensor is overwritten; 0 where there is no cheap way."""
     if not x.is_cpu:
         return 0
     address, size = memory(x)
@@ -117,7 +116,7 @@ def fingerprint(x: Tensor) -> int:
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """Largest magnitude, 0-d float32, NaN if any element is NaN; zero for an empty tensor."""
+    """Return the largest magnitude, 0-d float32, NaN if any element is NaN; zero for an empty tensor."""
     x = prepared(x)
     kernels = kernels_for(x)
     if kernels is None:
@@ -139,12 +138,12 @@ def luq_codes(
     levels: int = 7,
     max_abs: Tensor | float | None = None,
     power_of_two: bool = False,
-    rounding: Rounding = "luq",
+    rounding: GradientRounding = "luq",
     seed: int | None = None,
     out: Tensor | None = None,
     observed: Tensor | None = None,
 ) -> Codes:
-    """FP4 codes of a gradient, see :func:`lightning_eff.functional.luq_codes`.
+    """Return FP4 codes of a gradient, see :func:`lightning_eff.functional.luq_codes`.
 
     Args:
         x: see there, as ``levels``, ``max_abs``, ``power_of_two``, ``rounding`` and ``seed``.
@@ -189,7 +188,7 @@ def luq_codes(
 
 
 def sawb_codes(x: Tensor, *, bits: int = 4, unsigned: Unsigned = False, scale: Tensor | None = None) -> Codes:
-    """INT4 codes, see :func:`lightning_eff.functional.sawb_codes`."""
+    """Return INT4 codes, see :func:`lightning_eff.functional.sawb_codes`."""
     if bits == 4:
         codes, _, is_unsigned = sawb_encode(x, unsigned=unsigned, scale=scale)
         if is_unsigned == bool(unsigned):

@@ -14,12 +14,12 @@ from lightning_eff.kernels.operands import CPU, FLOATS, TYPES, empty, is_dense, 
 
 
 def packs(x: Tensor) -> bool:
-    """Whether there is a kernel for ``x``: float32 or bfloat16 on the CPU, dense."""
+    """Return whether there is a kernel for ``x``: float32 or bfloat16 on the CPU, dense."""
     return x.is_cpu and x.dtype in TYPES and not x.is_neg() and kernels_for(x) is not None and is_dense(x)
 
 
 def relu_mask(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
-    """``relu(x)``, strides kept, and a bit per element (uint8, in memory order) where the gradient passes.
+    """Return ``relu(x)``, strides kept, and a bit per element (uint8, in memory order) where the gradient passes.
 
     ``inplace`` overwrites ``x``; its version counter is the caller's to move.
     """
@@ -39,7 +39,7 @@ def relu_mask(x: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def apply_mask(grad: Tensor, mask: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``grad`` where the bit is set, else zero; ``strides`` are those of the tensor the mask was made from."""
+    """Return ``grad`` where the bit is set, else zero; ``strides`` are those of the tensor the mask was made from."""
     kernels = kernels_for(grad, mask)
     if kernels is None:
         raise InternalError("internal error: apply_mask without compiled kernels")

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from lightning_eff.functional.codes import Codes
 from lightning_eff.functional.numerics import dfp16, flexpoint
-from lightning_eff.functional.numerics.flexpoint import Rounding
-from lightning_eff.functional.random import draw_seed
+from lightning_eff.functional.numerics.flexpoint import IntegerRounding
+from lightning_eff.functional.random import MASK64, draw_seed
 from lightning_eff.kernels.operands import (
     CPU,
     FLOATS,
-    MASK64,
     TYPES,
     buffer,
     empty,
@@ -36,12 +35,12 @@ def integer_encode(
     *,
     bits: int = 16,
     symmetric: bool = False,
-    rounding: Rounding = "nearest",
+    rounding: IntegerRounding = "nearest",
     seed: int | None = None,
     out: Tensor | None = None,
     observed: Tensor | None = None,
 ) -> Codes:
-    """Integers in units of a given scale, see :func:`lightning_eff.functional.integer_codes`.
+    """Return integers in units of a given scale, see :func:`lightning_eff.functional.integer_codes`.
 
     Args:
         x: any floating tensor.
@@ -130,7 +129,7 @@ def round_to_scale_(x: Tensor, scale: Tensor, *, bits: int = 16, observed: Tenso
 
 
 def dfp_encode(x: Tensor, *, bits: int = 16, out: Tensor | None = None) -> Codes:
-    """DFP-16 codes, see :func:`lightning_eff.functional.dfp_codes`: one pass for the maximum, one for the codes.
+    """Return DFP-16 codes, see :func:`lightning_eff.functional.dfp_codes`: one pass for the maximum, one for the codes.
 
     Args:
         x: any floating tensor.

@@ -1,7 +1,8 @@
 """One row per method: what is said about a method more than once is said here.
 
-The registry of strings, the compatibility check, ``python -m lightning_eff explain``, the documentation table and
-the test battery all read these rows. This part imports nothing but the standard library.
+The registry of strings, the compatibility check, ``python -m lightning_eff explain``, the public names, the table in
+the README (written from the rows by ``tests/faces.py``) and the test batteries all read them. This part imports nothing
+but the standard library.
 """
 
 from __future__ import annotations

@@ -11,6 +11,9 @@ from lightning_eff.methods.state import Record, read_state
 
 __all__ = ["MethodInfo", "row"]
 
+_MODULES = {"precision": "precision", "strategy": "strategies", "callback": "callbacks"}
+"""kind -> module of the public classes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodInfo:
@@ -19,12 +22,14 @@ class MethodInfo:
     Attributes:
         name: the string a user writes, lower case.
         kind: where the string goes: ``Trainer(precision=...)``, ``Trainer(strategy=...)`` or a callback.
-        class_name: the public class, found in ``lightning_eff.<kind>`` and ``lightning_eff.pytorch_lightning``.
+        class_name: the public class, found in ``lightning_eff``, in :attr:`module` and in
+            ``lightning_eff.pytorch_lightning``.
         family: what the method is about, the room of its mathematics: numerics, stragglers, staleness.
         mixin: ``"module:Mixin"`` of the Lightning-free mixin the public classes are made from.
         options: what the string means: options of the class and their values.
         summary: one sentence for people.
-        paper: authors, title, venue, year, address.
+        paper: authors, title, venue, year, address; empty (``papers.OURS``) where the method is this package's own.
+        arguments: what is written between the brackets of the class in an example, where it cannot do without.
         composes_with: Lightning precisions allowed after ``+`` (``"luq4+bf16-mixed"``); the first is the default.
         strategies: strategy families the method has been shown to work with.
         conflicts: what is refused, with the reason.
@@ -39,6 +44,7 @@ class MethodInfo:
     mixin: str
     summary: str
     paper: str
+    arguments: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     composes_with: tuple[str, ...] = ()
     strategies: tuple[str, ...] = ()
@@ -78,6 +84,24 @@ class MethodInfo:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name: a plugin that is sent to another process finds the row there."""
         return row, (self.name,)
+
+    @property
+    def module(self) -> str:
+        """The module that has the public class for ``lightning.pytorch``."""
+        return f"lightning_eff.{_MODULES[self.kind]}"
+
+    @property
+    def usage(self) -> str:
+        """What a user writes between the brackets of ``Trainer(...)``.
+
+        Example:
+            >>> from lightning_eff.methods import METHODS
+            >>> METHODS["luq4"].usage, METHODS["luq_fine_tuning"].usage
+            ('precision="luq4"', 'callbacks=[LUQFineTuning(steps=300)]')
+        """
+        if self.kind == "callback":
+            return f"callbacks=[{self.class_name}({self.arguments})]"
+        return f'{self.kind}="{self.name}"'
 
     @property
     def strings(self) -> tuple[str, ...]:

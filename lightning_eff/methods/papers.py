@@ -1,6 +1,9 @@
-"""The papers that the methods come from: authors, title, venue, year, address."""
+"""The papers that the methods come from: authors, title, venue, year, address; or none."""
 
 from __future__ import annotations
+
+OURS = ""
+"""Of a method that is this package's own: there is no paper."""
 
 BFLOAT16_STUDY = (
     "Kalamkar et al.: A Study of BFLOAT16 for Deep Learning Training. 2019. https://arxiv.org/abs/1905.12322"

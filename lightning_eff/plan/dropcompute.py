@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from lightning_eff.functional.stragglers.model import MIN_GAIN, best_threshold, 
 from lightning_eff.functional.stragglers.simulated import parse_delay
 from lightning_eff.functional.stragglers.threshold import check_min_micro_batches, completed, compute_times
 from lightning_eff.plan.timings import BootstrapSource, DelaySource, FittedSource, Source, read_timings
+from lightning_eff.runtime import figures
 
 WINDOW_STEPS = 44
 """Steps the threshold is chosen from, as in the published code (steps 6 to 49)."""
@@ -39,7 +39,7 @@ _CELLS = 1 << 21  # micro-batches simulated at a time: 16 MiB a table
 
 
 class Row(NamedTuple):
-    """The plan for one number of workers; means over the repetitions.
+    """Holds the plan for one number of workers; means over the repetitions.
 
     Attributes:
         workers: N.
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 
 
 class Simulated(NamedTuple):
-    """Some steps of a run with one threshold.
+    """Holds some steps of a run with one threshold.
 
     Attributes:
         step_s: mean seconds per step.
@@ -193,7 +193,7 @@ def _repetition(workers: int, tau: float, ideal_tau: float, promised: float, mea
 
 
 def _mean_row(runs: Sequence[Row]) -> Row:
-    """Means of the columns, medians of the thresholds (one of which may be inf), and the spread of the speed-up."""
+    """Return means of the columns, medians of the thresholds (one may be inf), and the spread of the speed-up."""
     mean = Row(runs[0].workers, *(statistics.fmean(column) for column in list(zip(*runs, strict=True))[1:]))
     return mean._replace(
         tau_s=statistics.median(run.tau_s for run in runs),
@@ -203,7 +203,7 @@ def _mean_row(runs: Sequence[Row]) -> Row:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows for people."""
+    """Return the table that shows people the rows."""
     title = "DropCompute: samples per second against plain synchronous training"
     out = Table(title=title, title_justify="left")
     for name in ("workers", "tau", "plain step", "step", "dropped", "plain", "scaling", "speed-up", "formula: tau"):
@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None, *, console: Console | None = None) -
         EffError: an argument or the file is not allowed, or matplotlib is missing; the caller prints it.
     """
     options = _parser().parse_args(argv)
-    console = console or Console(width=None if sys.stdout.isatty() else 160)
+    console = console or figures.console(160)
     source = _source(options)
     names = ("steps", "window_steps", "repetitions", "min_micro_batches", "max_drop_rate", "min_gain", "seed")
     settings = {name: getattr(options, name) for name in names}

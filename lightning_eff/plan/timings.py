@@ -31,16 +31,16 @@ class Source(Protocol):
     worker_steps: float
 
     def draw(self, steps: int, workers: int, generator: Generator) -> Timings:
-        """Timings of ``steps`` steps of ``workers`` workers, a function of the generator's state."""
+        """Return timings of ``steps`` steps of ``workers`` workers, a function of the generator's state."""
         ...
 
     def again(self, generator: Generator) -> Source:
-        """The source that another recording of the same cluster might have given; itself if it is not a recording."""
+        """Return the source that another recording of the cluster might have given; itself if it is no recording."""
         ...
 
 
 class BootstrapSource:
-    """Whole recorded worker-steps, drawn with replacement: what is correlated within a step stays so.
+    """Draws whole recorded worker-steps with replacement: what is correlated within a step stays so.
 
     Every simulated worker stands for one recorded rank, each for as many as another, so that a rank that is always slow
     stays one. Its steps are drawn independently of the other workers'. What never happened in the recording never
@@ -56,7 +56,7 @@ class BootstrapSource:
         self.worker_steps = float(timings.table.shape[0] * timings.table.shape[1])
 
     def draw(self, steps: int, workers: int, generator: Generator) -> Timings:
-        """See :class:`Source`."""
+        """Return recorded worker-steps chosen at random."""
         recorded, ranks, _ = self.timings.table.shape
         rank = torch.randperm(ranks, generator=generator, dtype=torch.int64, device="cpu")[
             torch.arange(workers, dtype=torch.int64, device="cpu") % ranks
@@ -65,12 +65,12 @@ class BootstrapSource:
         return Timings(self.timings.table[step, rank], _choose(self.timings.other, steps, generator))
 
     def again(self, generator: Generator) -> BootstrapSource:
-        """As many worker-steps of every rank, drawn from its own with replacement."""
+        """Return as many worker-steps of every rank, drawn from its own with replacement."""
         return BootstrapSource(_recorded_again(self.timings, generator))
 
 
 class FittedSource:
-    """Shifted lognormal times fitted to a recorded run; reaches further into the tail than the recording.
+    """Draws shifted lognormal times fitted to a recorded run; reaches further into the tail than the recording.
 
         t = c + exp(m + A + B),   A ~ N(0, a^2) of the worker-step,   B ~ N(0, b^2) of the micro-batch
 
@@ -94,7 +94,7 @@ class FittedSource:
         self.micro_batch_std = math.sqrt(within)
 
     def draw(self, steps: int, workers: int, generator: Generator) -> Timings:
-        """See :class:`Source`."""
+        """Return times made with the fitted numbers."""
         shape = (steps, workers, self.micro_batches)
         logs = self.mean + self.micro_batch_std * torch.randn(
             shape, dtype=torch.float64, generator=generator, device="cpu"
@@ -103,12 +103,12 @@ class FittedSource:
         return Timings(self.shift_s + logs.exp(), _choose(self.timings.other, steps, generator))
 
     def again(self, generator: Generator) -> FittedSource:
-        """A fit to worker-steps drawn from the recorded ones with replacement."""
+        """Return a fit to worker-steps drawn from the recorded ones with replacement."""
         return FittedSource(_recorded_again(self.timings, generator))
 
 
 class DelaySource:
-    """A simulated cluster: equal micro-batches and a delay.
+    """Draws the timings of a simulated cluster: equal micro-batches and a delay.
 
     Args:
         delay: from :func:`lightning_eff.functional.parse_delay`.
@@ -128,13 +128,13 @@ class DelaySource:
         self.other_s: float = check("other_s", other_s, Real(0))
 
     def draw(self, steps: int, workers: int, generator: Generator) -> Timings:
-        """See :class:`Source`; consecutive steps from a random one on."""
+        """Return consecutive steps from a random one on."""
         first_step = int(torch.randint(2**31, (), generator=generator, dtype=torch.int64, device="cpu"))
         table = self.delay.table(steps, workers, self.micro_batches, base_s=self.base_s, first_step=first_step)
         return Timings(table, torch.full((steps,), self.other_s, dtype=torch.float64, device="cpu"))
 
     def again(self, generator: Generator) -> DelaySource:
-        """Itself: a simulated cluster is known exactly."""
+        """Return the source itself: a simulated cluster is known exactly."""
         return self
 
 
@@ -152,7 +152,7 @@ def _choose(values: Tensor, number: int, generator: Generator) -> Tensor:
 
 
 def _zero_skew_shift(times: Tensor) -> float:
-    """The c in 0 .. min(t) at which ln(t - c) is not skewed: 0 if it is not skewed to the right, by bisection."""
+    """Return the c in 0 .. min(t) at which ln(t - c) is not skewed, by bisection; 0 if not skewed to the right."""
     fastest = float(times.min())
     if _log_skew(times, 0.0) <= 0:
         return 0.0
@@ -164,6 +164,6 @@ def _zero_skew_shift(times: Tensor) -> float:
 
 
 def _log_skew(times: Tensor, shift: float) -> float:
-    """Third central moment of ln(t - shift); falls without end as the shift comes near the fastest time."""
+    """Return the third central moment of ln(t - shift); it falls without end near the fastest time."""
     logs = (times - shift).clamp(min=torch.finfo(torch.float64).tiny).log()
     return float((logs - logs.mean()).pow(3).mean())

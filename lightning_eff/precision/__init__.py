@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_eff.integration.namespaces import class_getter, public_classes
 
+# ---- written by tests/faces.py from the rows of the methods
 if TYPE_CHECKING:
     from lightning.pytorch.plugins import Precision
 
@@ -21,26 +22,39 @@ if TYPE_CHECKING:
     from lightning_eff.precision.fp8 import FP8Mixin
     from lightning_eff.precision.luq import LUQMixin
 
-    class BF16EmulatedPrecision(BF16EmulatedMixin, Precision):  # type: ignore[misc]
-        """The bfloat16 study's recipe on any hardware: bfloat16 products, float32 everything else."""
+    class LUQPrecision(LUQMixin, Precision):
+        """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
 
-    class BF16Precision(BF16Mixin, Precision):  # type: ignore[misc]
-        """Weights in bfloat16, updated in float32 and written back without losing small updates."""
+    class FP8Precision(FP8Mixin, Precision):
+        """8-bit floating point: E4M3 inputs and weights, E5M2 gradients, one dynamic scale per tensor.
 
-    class DFP16Precision(DFP16Mixin, Precision):  # type: ignore[misc]
-        """int16 tensors with one exponent each, measured; integer products that cannot overflow."""
+        With ``scaling="rowwise"``: 8-bit floating point: E4M3 everywhere, a dynamic scale for each row of a product.
+        With ``scaling="delayed"``: 8-bit floating point: E4M3 and E5M2, scales from the largest magnitudes of the steps
+            before.
+        """
 
-    class FP8Precision(FP8Mixin, Precision):  # type: ignore[misc]
-        """8-bit floating point: E4M3 inputs and weights, E5M2 gradients; scales tensorwise, rowwise or delayed."""
+    class FittedPrecision(FittedMixin, Precision):
+        """8-bit training: E4M3 inputs and weights, gradients in the float format that suits each layer.
 
-    class FittedPrecision(FittedMixin, Precision):  # type: ignore[misc]
-        """8- or 6-bit training, gradients in the float format that suits each layer."""
+        With ``bits=6``: 6-bit training: E2M3 inputs and weights, gradients in the float format that suits each layer.
+        """
 
-    class FlexpointPrecision(FlexpointMixin, Precision):  # type: ignore[misc]
+    class FlexpointPrecision(FlexpointMixin, Precision):
         """int16 tensors with one exponent each, predicted by Autoflex from the steps before."""
 
-    class LUQPrecision(LUQMixin, Precision):  # type: ignore[misc]
-        """4-bit training: INT4 weights and activations, logarithmic unbiased FP4 gradients."""
+    class DFP16Precision(DFP16Mixin, Precision):
+        """int16 tensors with one exponent each, measured; integer products that cannot overflow."""
+
+    class BF16EmulatedPrecision(BF16EmulatedMixin, Precision):
+        """The bfloat16 study's recipe on any hardware: bfloat16 products, float32 everything else."""
+
+    class BF16Precision(BF16Mixin, Precision):
+        """bfloat16 weights, updated by any optimizer with stochastic rounding; nothing more is kept.
+
+        With ``update="kahan"``: bfloat16 weights, updated by any optimizer with Kahan compensation; 2 bytes more per
+            weight.
+        With ``update="split"``: bfloat16 weights, the missing 16 bits beside the optimizer: float32 updates in 4 bytes.
+        """
 
 
 __all__ = [
@@ -52,6 +66,7 @@ __all__ = [
     "FlexpointPrecision",
     "LUQPrecision",
 ]
+# ---- end of what is written
 
 _get = class_getter(__name__, "lightning.pytorch", public_classes("precision"))
 

@@ -13,30 +13,28 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_eff.checks import Choice, check
 from lightning_eff.errors import NoEffectWarning, UnsupportedCombinationError
+from lightning_eff.integration.attached import trainer_of
 from lightning_eff.integration.graft import check_strategy
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.optim.bf16.handover import Left, hand_over, left_by, take_back, versions
 from lightning_eff.optim.bf16.wrapper import ShadowedOptimizer, Update, bf16_updates
 from lightning_eff.optim.steps import Closure
-from lightning_eff.precision.formats.config import variant_of
 from lightning_eff.precision.run import RunMixin
 from lightning_eff.runtime.ranks import seed_of_rank_0
 from lightning_eff.runtime.runs import Run
 
-VARIANTS = {"sr": "bf16-sr", "kahan": "bf16-kahan", "split": "bf16-split"}
-"""Update -> string."""
-
 
 class BF16Mixin(RunMixin):
-    """Weights, activations and gradients in bfloat16; weight updates in float32, written back without losing them.
+    """Keeps weights, activations and gradients in bfloat16; updates weights in float32 and loses no small update.
 
     Args:
         update: how updated weights are written back. ``"split"`` keeps the lower 16 bits beside the weight: float32
@@ -56,31 +54,30 @@ class BF16Mixin(RunMixin):
 
     info: MethodInfo = METHODS["bf16-sr"]
     precision: Any = "bf16-true"
-    eff_method: str
 
     def __init__(self, *, update: Update = "split") -> None:
-        check("update", update, Choice(*VARIANTS))  # a graft may leave it out
         super().__init__()
-        self._eff_init(update=update)
+        self.configure_method(update=update)
 
-    def _eff_init(self, update: Update | None = None) -> None:
-        """Set up after construction, or after a graft, which has said by which string it was asked for."""
-        self.update: Any = variant_of(self, "update", update, VARIANTS)
+    def _begin(self, **options: Any) -> None:
+        """See the base class."""
+        self.update: Update = options["update"]
         self._seed: int | None = None
         self._models: list[nn.Module] = []
-        self._adopted: list[Any] = []
+        self._adopted: list[Optimizer] = []
         self._run = Run()
         self._left: Left | None = None
         self._new: list[Any] = []
         self._versions: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has the options; what a run leaves to the next is the original's."""
+        """Return the options; what a run leaves to the next is the original's."""
         return {**self.__dict__, "_left": None, "_new": [], "_versions": {}, "_models": [], "_adopted": []}
 
     def _forget_run(self) -> None:
         """Begin without what another run has left behind."""
-        self._seed, self._left = None, None
+        self._seed = None
+        self._left = None
 
     def _restart(self) -> None:
         """Undo the handover: a checkpoint holds what the optimizers go on with."""
@@ -102,31 +99,31 @@ class BF16Mixin(RunMixin):
             )
         self._new = [] if self._left is None else hand_over(self._left, optimizers)
         self._left = None
-        return super().connect(model, optimizers, lr_schedulers)  # type: ignore[misc]
+        return super().connect(model, optimizers, lr_schedulers)
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the optimizer. Fabric tells of an optimizer here for the first time."""
         self._adopt(optimizer)
-        return super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
+        return super().optimizer_step(optimizer, *args, **kwargs)
 
-    def _adopt(self, optimizer: Any) -> None:
+    def _adopt(self, optimizer: Optimizer) -> None:
         if self._seed is None:
             self._seed = seed_of_rank_0()
         if not any(known is optimizer for known in self._adopted):
             self._adopted.append(optimizer)
-        elif not optimizer.unidentified():
+        elif isinstance(optimizer, ShadowedOptimizer) and not optimizer.unidentified():
             return
         bf16_updates(optimizer, update=self.update, seed=self._seed, names=self._names(optimizer))
 
-    def _names(self, optimizer: Any) -> dict[Tensor, str]:
-        """What identifies the optimizer's parameters: its number, and their names in the model or their places."""
+    def _names(self, optimizer: Optimizer) -> dict[Tensor, str]:
+        """Return what identifies the optimizer's parameters: its number, and their names in the model or places."""
         number = next(i for i, known in enumerate(self._adopted) if known is optimizer)
         every = [p for group in optimizer.param_groups for p in group["params"]]
         names = {p: f"{number}.#{place}" for place, p in enumerate(every)}
         models = enumerate(self._models)
         return names | {p: f"{number}.{i}.{name}" for i, model in models for name, p in model.named_parameters()}
 
-    def before_step(self, optimizer: Any, closure: Closure | None) -> Closure | None:
+    def before_step(self, optimizer: Optimizer, closure: Closure | None) -> Closure | None:
         """Refuse an optimizer that would lose small updates: one that neither Trainer nor Fabric has told of."""
         if not isinstance(optimizer, ShadowedOptimizer) and self._run.has(optimizer):
             params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -142,18 +139,21 @@ class BF16Mixin(RunMixin):
     def teardown(self) -> None:
         """Forget the seed, the next run takes its own; note the weights that the lower halves belong to."""
         self._versions = versions(self._optimizers())
-        self._seed, self._new, self._models, self._adopted = None, [], [], []
+        self._seed = None
+        self._new = []
+        self._models = []
+        self._adopted = []
         self._end_run()
-        super().teardown()  # type: ignore[misc]
+        super().teardown()
 
     # ------------------------------------------------------------------------------------------ as in bf16-true
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert the module's floating parameters and buffers to bfloat16."""
-        module = super().convert_module(module)  # type: ignore[misc]
+        module = super().convert_module(module)
         if self._start_run(module):
             self._left = left_by(self._optimizers(), self._versions)
-        trainer = getattr(module, "_trainer", None)
+        trainer = trainer_of(module)
         if trainer is not None:
             check_strategy(self.info, trainer.strategy)
         if not any(known is module for known in self._models):
@@ -164,28 +164,28 @@ class BF16Mixin(RunMixin):
         """Convert floating tensors of a batch to bfloat16."""
         return apply_to_collection(data, dtype=Tensor, function=_to_bf16)
 
-    def tensor_init_context(self) -> Any:
-        """New floating tensors are bfloat16."""
+    def tensor_init_context(self) -> AbstractContextManager[None]:
+        """Make new floating tensors bfloat16."""
         return _default_bf16()
 
-    def module_init_context(self) -> Any:
-        """New modules are bfloat16."""
+    def module_init_context(self) -> AbstractContextManager[None]:
+        """Make new modules bfloat16."""
         return _default_bf16()
 
     @contextlib.contextmanager
     def train_step_context(self) -> Generator[None]:
-        """As in bf16-true; optimizers that have taken the place of others since are adopted."""
+        """Adopt optimizers that have taken the place of others since; the rest is as in bf16-true."""
         for optimizer in self._optimizers():
             self._adopt(optimizer)
-        with super().train_step_context():  # type: ignore[misc]
+        with super().train_step_context():
             yield
 
-    def _optimizers(self) -> list[Any]:
-        """The Trainer's, as they are now; none with Fabric."""
+    def _optimizers(self) -> list[Optimizer]:
+        """Return the Trainer's, as they are now; none with Fabric."""
         return [] if self._run.trainer is None else list(self._run.trainer.strategy.optimizers)
 
-    def forward_context(self) -> Any:
-        """New floating tensors in a forward pass are bfloat16."""
+    def forward_context(self) -> AbstractContextManager[None]:
+        """Make new floating tensors in a forward pass bfloat16."""
         return _default_bf16()
 
 

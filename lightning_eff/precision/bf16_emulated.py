@@ -7,15 +7,18 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.formats.config import BF16EmulatedConfig, OnNonFinite, options_from
+from lightning_eff.precision.formats.base import LayerOptions
+from lightning_eff.precision.formats.bf16 import BF16EmulatedOptions
+from lightning_eff.precision.method import options_from
 from lightning_eff.precision.plugin import QuantizedPrecisionMixin
+from lightning_eff.runtime.finite import OnNonFinite
 
 
 class BF16EmulatedMixin(QuantizedPrecisionMixin):
-    """bfloat16 training as the study defines it: bfloat16 operands and results of every product, float32 the rest.
+    """Trains in bfloat16 as the study defines it: bfloat16 operands and results of every product, float32 the rest.
 
     Inputs, weights and output gradients of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D are
     rounded to bfloat16 (to nearest, ties to even), multiplied with float32 sums, and outputs and input gradients are
@@ -41,22 +44,18 @@ class BF16EmulatedMixin(QuantizedPrecisionMixin):
     """
 
     info: MethodInfo = METHODS["bf16-emulated"]
-    formats: str = "BF16 x BF16, BF16"
-    products: ClassVar[tuple[str, str]] = ("native BF16", "BF16, float32 sums")
+    options_class: ClassVar[type[LayerOptions]] = BF16EmulatedOptions
+    options: BF16EmulatedOptions
 
     def __init__(
         self,
         *,
-        exempt: Sequence[str] = (),
-        exempt_first_last: bool = False,
-        pack_relu: bool = True,
-        measure_every_n_steps: int = 1000,
-        on_nonfinite: OnNonFinite = "raise",
+        exempt: Sequence[str] = BF16EmulatedOptions.exempt,
+        exempt_first_last: bool = BF16EmulatedOptions.exempt_first_last,
+        pack_relu: bool = BF16EmulatedOptions.pack_relu,
+        measure_every_n_steps: int = BF16EmulatedOptions.measure_every_n_steps,
+        on_nonfinite: OnNonFinite = BF16EmulatedOptions.on_nonfinite,
     ) -> None:
         options = options_from(locals())
         super().__init__()
-        self._eff_init(**options)
-
-    def _eff_init(self, **options: Any) -> None:
-        """Set up after construction, or after a graft onto a plugin Lightning made."""
-        self._begin(BF16EmulatedConfig(**options))
+        self.configure_method(**options)

@@ -8,15 +8,18 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.formats.config import IntegerConfig, OnNonFinite, Products, options_from
+from lightning_eff.precision.formats.base import LayerOptions, Products
+from lightning_eff.precision.formats.shared_exponent import DFP16Options
+from lightning_eff.precision.method import options_from
 from lightning_eff.precision.plugin import QuantizedPrecisionMixin
+from lightning_eff.runtime.finite import OnNonFinite
 
 
 class DFP16Mixin(QuantizedPrecisionMixin):
-    """DFP-16: inputs, weights and output gradients as int16 with one exponent for a tensor, measured from it.
+    """Trains in DFP-16: inputs, weights and output gradients as int16 with one exponent for a tensor, measured from it.
 
     All three products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D multiply int16 and add in
     int32, in chains so short that they cannot overflow; the chains are added in float32. Inputs are kept for backward
@@ -40,23 +43,19 @@ class DFP16Mixin(QuantizedPrecisionMixin):
     """
 
     info: MethodInfo = METHODS["dfp16"]
-    formats: str = "INT16 x INT16, INT16 (DFP)"
-    products: ClassVar[tuple[str, str]] = ("native int16", "emulated exactly")
+    options_class: ClassVar[type[LayerOptions]] = DFP16Options
+    options: DFP16Options
 
     def __init__(
         self,
         *,
-        products: Products = "auto",
-        exempt: Sequence[str] = (),
-        exempt_first_last: bool = False,
-        pack_relu: bool = True,
-        measure_every_n_steps: int = 1000,
-        on_nonfinite: OnNonFinite = "raise",
+        products: Products = DFP16Options.products,
+        exempt: Sequence[str] = DFP16Options.exempt,
+        exempt_first_last: bool = DFP16Options.exempt_first_last,
+        pack_relu: bool = DFP16Options.pack_relu,
+        measure_every_n_steps: int = DFP16Options.measure_every_n_steps,
+        on_nonfinite: OnNonFinite = DFP16Options.on_nonfinite,
     ) -> None:
         options = options_from(locals())
         super().__init__()
-        self._eff_init(**options)
-
-    def _eff_init(self, **options: Any) -> None:
-        """Set up after construction, or after a graft onto a plugin Lightning made."""
-        self._begin(IntegerConfig(**options))
+        self.configure_method(**options)

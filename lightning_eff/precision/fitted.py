@@ -8,22 +8,21 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from rich.table import Table
 
-from lightning_eff.checks import Choice, check
+from lightning_eff.functional.numerics.lognormal import FittedFormat
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.formats.config import FittedConfig, OnNonFinite, options_from, variant_of
-from lightning_eff.precision.formats.fitted import FittedScale
+from lightning_eff.precision.formats.base import LayerOptions
+from lightning_eff.precision.formats.fitted import FittedOptions, FittedScale
+from lightning_eff.precision.method import options_from
 from lightning_eff.precision.plugin import QuantizedPrecisionMixin
-
-VARIANTS = {8: "fp8-fit", 6: "fp6-fit"}
-"""Bits -> string."""
+from lightning_eff.runtime.finite import OnNonFinite
 
 
 class FittedMixin(QuantizedPrecisionMixin):
-    """8- or 6-bit training whose gradient format is chosen for every layer from the spread of its own gradients.
+    """Trains in 8 or 6 bits, each layer's gradients in a format chosen from the spread of its own gradients.
 
     The magnitudes of a layer's output gradient are close to lognormal; their deviation decides how many of the bits are
     best spent on the exponent. Inputs and weights are E4M3 (8 bits) or E2M3 (6 bits) with one dynamic scale per tensor.
@@ -53,40 +52,35 @@ class FittedMixin(QuantizedPrecisionMixin):
     """
 
     info: MethodInfo = METHODS["fp8-fit"]
-    products: ClassVar[tuple[str, str]] = ("native", "as bfloat16, float32 sums")
+    options_class: ClassVar[type[LayerOptions]] = FittedOptions
+    options: FittedOptions
 
     def __init__(
         self,
         *,
-        bits: Literal[8, 6] = 8,
-        refit_every_n_steps: int = 100,
-        scale: FittedScale = "max",
-        gradient_rounding: Literal["nearest", "stochastic"] = "nearest",
-        exempt: Sequence[str] = (),
-        exempt_first_last: bool = True,
-        pack_relu: bool = True,
-        measure_every_n_steps: int = 1000,
-        on_nonfinite: OnNonFinite = "raise",
+        bits: Literal[8, 6] = FittedOptions.bits,
+        refit_every_n_steps: int = FittedOptions.refit_every_n_steps,
+        scale: FittedScale = FittedOptions.scale,
+        gradient_rounding: Literal["nearest", "stochastic"] = FittedOptions.gradient_rounding,
+        exempt: Sequence[str] = FittedOptions.exempt,
+        exempt_first_last: bool = FittedOptions.exempt_first_last,
+        pack_relu: bool = FittedOptions.pack_relu,
+        measure_every_n_steps: int = FittedOptions.measure_every_n_steps,
+        on_nonfinite: OnNonFinite = FittedOptions.on_nonfinite,
     ) -> None:
         options = options_from(locals())
-        check("bits", bits, Choice(*VARIANTS))  # a graft may leave it out
         super().__init__()
-        self._eff_init(**options)
-
-    def _eff_init(self, bits: Literal[8, 6] | None = None, **options: Any) -> None:
-        """Set up after construction, or after a graft, which has said by which string it was asked for."""
-        bits = variant_of(self, "bits", bits, VARIANTS)
-        forward = "E4M3" if bits == 8 else "E2M3"
-        self.formats = f"{forward} x {forward}, FP{bits} fitted"
-        self._begin(FittedConfig(bits=bits, **options))
+        self.configure_method(**options)
 
     def chosen(self) -> dict[str, str]:
-        """Layer name -> the split its gradients have now, ``"1-4-3"`` for instance."""
-        formats = {name: state.memories["grad"].estimate.format for name, state in self.states().items()}
+        """Return layer name -> the split its gradients have now, ``"1-4-3"`` for instance."""
+        formats = {
+            name: state.histories["grad"].estimate_as(FittedFormat).format for name, state in self.states().items()
+        }
         return {name: f"1-{fmt.exponent_bits}-{fmt.mantissa_bits}" for name, fmt in formats.items()}
 
     def _verdict(self) -> list[str | Table]:
-        """The formats the layers ended with."""
+        """Return the formats the layers ended with besides."""
         table = Table(title=f"{self.info.name}: gradient formats at the end", title_justify="left")
         for column in ("layer", "sign-exponent-mantissa"):
             table.add_column(column, overflow="fold")

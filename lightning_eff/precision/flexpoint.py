@@ -12,14 +12,18 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_eff.functional.numerics.flexpoint import round_to_scale
+from lightning_eff.functional.numerics.flexpoint import Autoflex, round_to_scale
 from lightning_eff.kernels.quantize import largest_magnitude
 from lightning_eff.kernels.shared_exponent import integer_encode, round_to_scale_
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.formats.config import FlexpointConfig, MasterWeights, OnNonFinite, Products, options_from
-from lightning_eff.precision.formats.history import Memory
+from lightning_eff.precision.formats.base import LayerOptions, Products
+from lightning_eff.precision.formats.history import History
+from lightning_eff.precision.formats.shared_exponent import FlexpointOptions, MasterWeights
+from lightning_eff.precision.method import options_from
 from lightning_eff.precision.plugin import QuantizedPrecisionMixin
+from lightning_eff.runtime.finite import OnNonFinite
 from lightning_eff.runtime.ranks import seed_of_rank_0
 
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"})
@@ -27,7 +31,7 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_d
 
 
 class FlexpointMixin(QuantizedPrecisionMixin):
-    """flex16+5: int16 tensors with one exponent each, known before a tensor is written because Autoflex predicts it.
+    """Trains in flex16+5: int16 tensors with an exponent that Autoflex predicts before they are written.
 
     Inputs, weights and output gradients of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D are int16;
     products add in int32, in chains so short that they cannot overflow, or are exact. Their results (outputs, input and
@@ -65,102 +69,101 @@ class FlexpointMixin(QuantizedPrecisionMixin):
     """
 
     info: MethodInfo = METHODS["flexpoint16"]
-    formats: str = "INT16 x INT16, INT16 (Autoflex)"
-    products: ClassVar[tuple[str, str]] = ("native int16", "emulated exactly")
-
-    config: FlexpointConfig
+    options_class: ClassVar[type[LayerOptions]] = FlexpointOptions
+    options: FlexpointOptions
 
     def __init__(
         self,
         *,
-        alpha: float = 2.0,
-        beta: float = 3.0,
-        gamma: float = 100.0,
-        length: int = 16,
-        store_results: bool = True,
-        weights: MasterWeights = "float32",
-        weight_rounding: Literal["nearest", "stochastic"] = "nearest",
-        products: Products = "auto",
-        exempt: Sequence[str] = (),
-        exempt_first_last: bool = False,
-        pack_relu: bool = True,
-        measure_every_n_steps: int = 1000,
-        on_nonfinite: OnNonFinite = "raise",
+        alpha: float = FlexpointOptions.alpha,
+        beta: float = FlexpointOptions.beta,
+        gamma: float = FlexpointOptions.gamma,
+        length: int = FlexpointOptions.length,
+        store_results: bool = FlexpointOptions.store_results,
+        weights: MasterWeights = FlexpointOptions.weights,
+        weight_rounding: Literal["nearest", "stochastic"] = FlexpointOptions.weight_rounding,
+        products: Products = FlexpointOptions.products,
+        exempt: Sequence[str] = FlexpointOptions.exempt,
+        exempt_first_last: bool = FlexpointOptions.exempt_first_last,
+        pack_relu: bool = FlexpointOptions.pack_relu,
+        measure_every_n_steps: int = FlexpointOptions.measure_every_n_steps,
+        on_nonfinite: OnNonFinite = FlexpointOptions.on_nonfinite,
     ) -> None:
         options = options_from(locals())
         super().__init__()
-        self._eff_init(**options)
+        self.configure_method(**options)
 
-    def _eff_init(self, **options: Any) -> None:
-        """Set up after construction, or after a graft onto a plugin Lightning made."""
-        self._weights: dict[str, Memory] = {}
+    def _begin(self, **options: Any) -> None:
+        """See the base class."""
+        self._weights: dict[str, History] = {}
         self._scales: dict[str, float] = {}
-        self._begin(FlexpointConfig(**options))
+        super()._begin(**options)
 
     def _forget_run(self) -> None:
-        """See the base class; what was written belongs to the model it was written for."""
+        """Forget what was written too: it belongs to the model it was written for."""
         super()._forget_run()
-        self._weights, self._scales = {}, {}
+        self._weights = {}
+        self._scales = {}
 
     # ------------------------------------------------------------------------------------------ weights in 16 bits
 
-    def _after_step(self, optimizer: Any) -> None:
-        """Without float32 masters: write weights and optimizer state with their predicted exponents."""
-        if self.config.weights == "float32":
+    def _after_step(self, optimizer: Optimizer) -> None:
+        """Write weights and optimizer state with their predicted exponents, where there are no float32 masters."""
+        if self.options.weights == "float32":
             return
-        if self.config.weight_rounding == "stochastic" and self.seeds.seed is None:
+        if self.options.weight_rounding == "stochastic" and self.seeds.seed is None:
             self.seeds.seed = seed_of_rank_0()
-        names = {id(p): name for name, p in self._parameters()}
+        names = {id(p): name for name, p in self._models.parameters()}
         with torch.no_grad():
             for name, tensor in _tensors(optimizer, names):
                 self._write(name, tensor)
         self._tell_layers()
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        memory = self._weights.setdefault(name, Memory(self.config.autoflex()))
-        flex = memory.estimate
+        history = self._weights.setdefault(name, History(self.options.autoflex()))
+        flex = history.estimate_as(Autoflex)
         if not flex.initialised:
             flex.initialise(float(largest_magnitude(tensor)))
-        scale, observed = (
-            torch.tensor(flex.scale, dtype=torch.float32, device=tensor.device),
-            torch.empty((), dtype=torch.float32, device=tensor.device),
-        )
-        if self.config.weight_rounding == "nearest":
+        scale = torch.tensor(flex.scale, dtype=torch.float32, device=tensor.device)
+        observed = torch.empty((), dtype=torch.float32, device=tensor.device)
+        if self.options.weight_rounding == "nearest":
             round_to_scale_(tensor, scale, observed=observed)
         else:
             seed = self.seeds.next(same_on_ranks=True)
             codes = integer_encode(tensor, scale, rounding="stochastic", seed=seed, observed=observed)
             tensor.copy_(codes.dequantize(tensor.dtype))
-        memory.observe(observed)
+        history.observe(observed)
         self._scales[name] = flex.scale
 
     def _tell_layers(self) -> None:
-        """A written weight lies on a grid already, which the layers read it with."""
-        written = {p.data_ptr(): self._scales[name] for name, p in self._parameters() if name in self._scales}
+        """Tell the layers on which grid a written weight lies, to read it with."""
+        written = {p.data_ptr(): self._scales[name] for name, p in self._models.parameters() if name in self._scales}
         for state in self.states().values():
             state.written = written
 
     def _forget_other_weights(self) -> None:
-        """A second fit may bring weights of its own, which were never written."""
-        for name, p in self._parameters():
+        """Forget the grids of weights that were never written: a second fit may bring its own."""
+        for name, p in self._models.parameters():
             scale = self._scales.get(name)
             if scale is not None and not torch.equal(round_to_scale(p.detach(), scale), p):
                 del self._scales[name]
 
-    def _memories(self) -> list[Memory]:
-        return [*super()._memories(), *self._weights.values()]
+    def histories(self) -> list[History]:
+        """Return those of layers, and of written weights and optimizer state."""
+        return [*super().histories(), *self._weights.values()]
 
     # ------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """See the class."""
-        memory = {name: memory.estimate.state_dict() for name, memory in self._weights.items()}
-        return {**super().state_dict(), "weights": {"memory": memory, "scales": dict(self._scales)}}
+        """Return the base class's, and what is known of weights and optimizer state."""
+        estimates = {name: history.estimate.state_dict() for name, history in self._weights.items()}
+        return {**super().state_dict(), "weights": {"memory": estimates, "scales": dict(self._scales)}}
 
     def _take(self, own: dict[str, Any]) -> None:
-        self._scales, self._weights = own["weights"]["scales"], {}
+        self._scales = own["weights"]["scales"]
+        self._weights = {}
         for name, values in own["weights"]["memory"].items():
-            self._weights[name] = Memory(self.config.autoflex())
+            self._weights[name] = History(self.options.autoflex())
             self._weights[name].estimate.load_state_dict(values)
         super()._take(own)
 
@@ -170,8 +173,8 @@ class FlexpointMixin(QuantizedPrecisionMixin):
         self._tell_layers()
 
 
-def _tensors(optimizer: Any, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter that was updated and its elementwise optimizer state, with names that survive a restart."""
+def _tensors(optimizer: Optimizer, names: dict[int, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter that was updated and its elementwise optimizer state, with names that survive a restart."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in enumerate(parameters):
         if p.grad is None or not p.is_floating_point():

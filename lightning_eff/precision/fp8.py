@@ -8,19 +8,18 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from lightning_eff.checks import Choice, check
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.formats.config import FP8Config, OnNonFinite, Products, Scaling, options_from, variant_of
+from lightning_eff.precision.formats.base import LayerOptions, Products
+from lightning_eff.precision.formats.fp8 import FP8Options, Scaling
+from lightning_eff.precision.method import options_from
 from lightning_eff.precision.plugin import QuantizedPrecisionMixin
-
-VARIANTS = {"tensorwise": "fp8", "rowwise": "fp8-rowwise", "delayed": "fp8-delayed"}
-"""Scaling -> string."""
+from lightning_eff.runtime.finite import OnNonFinite
 
 
 class FP8Mixin(QuantizedPrecisionMixin):
-    """8-bit training: E4M3 inputs and weights, E5M2 gradients (rowwise: E4M3), with scales.
+    """Trains in 8 bits: E4M3 inputs and weights, E5M2 gradients (rowwise: E4M3), with scales.
 
     The products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D multiply FP8 values and accumulate
     in float32: on the FP8 units of GPUs that have them, as bfloat16 (which holds FP8 values exactly) elsewhere. There,
@@ -52,30 +51,24 @@ class FP8Mixin(QuantizedPrecisionMixin):
     """
 
     info: MethodInfo = METHODS["fp8"]
-    products: ClassVar[tuple[str, str]] = ("native FP8", "as bfloat16, float32 sums")
+    options_class: ClassVar[type[LayerOptions]] = FP8Options
+    options: FP8Options
 
     def __init__(
         self,
         *,
-        scaling: Scaling = "tensorwise",
-        power_of_two: bool | None = None,
-        history: int = 1024,
-        margin: int = 0,
-        products: Products = "auto",
-        exempt: Sequence[str] = (),
-        exempt_first_last: bool = True,
-        filter_slow: bool = True,
-        pack_relu: bool = True,
-        measure_every_n_steps: int = 1000,
-        on_nonfinite: OnNonFinite = "raise",
+        scaling: Scaling = FP8Options.scaling,
+        power_of_two: bool | None = FP8Options.power_of_two,
+        history: int = FP8Options.history,
+        margin: int = FP8Options.margin,
+        products: Products = FP8Options.products,
+        exempt: Sequence[str] = FP8Options.exempt,
+        exempt_first_last: bool = FP8Options.exempt_first_last,
+        filter_slow: bool = FP8Options.filter_slow,
+        pack_relu: bool = FP8Options.pack_relu,
+        measure_every_n_steps: int = FP8Options.measure_every_n_steps,
+        on_nonfinite: OnNonFinite = FP8Options.on_nonfinite,
     ) -> None:
         options = options_from(locals())
-        check("scaling", scaling, Choice(*VARIANTS))  # a graft may leave it out
         super().__init__()
-        self._eff_init(**options)
-
-    def _eff_init(self, scaling: Scaling | None = None, **options: Any) -> None:
-        """Set up after construction, or after a graft, which has said by which string it was asked for."""
-        scaling = variant_of(self, "scaling", scaling, VARIANTS)
-        self.formats = "E4M3 x E4M3, " + ("E4M3" if scaling == "rowwise" else "E5M2") + f", {scaling}"
-        self._begin(FP8Config(scaling=scaling, **options))
+        self.configure_method(**options)

@@ -8,17 +8,20 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from lightning_eff.functional.numerics.luq import Rounding
+from lightning_eff.functional.numerics.luq import GradientRounding
 from lightning_eff.functional.numerics.sawb import Unsigned
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.precision.formats.config import LUQConfig, OnNonFinite, Products, options_from
+from lightning_eff.precision.formats.base import LayerOptions, Products
+from lightning_eff.precision.formats.luq import LUQOptions
+from lightning_eff.precision.method import options_from
 from lightning_eff.precision.plugin import QuantizedPrecisionMixin
+from lightning_eff.runtime.finite import OnNonFinite
 
 
 class LUQMixin(QuantizedPrecisionMixin):
-    """4-bit training: INT4 weights and activations (SAWB), logarithmic unbiased FP4 gradients (LUQ).
+    """Trains in 4 bits: INT4 weights and activations (SAWB), logarithmic unbiased FP4 gradients (LUQ).
 
     All three products of Linear, Conv1d/2d/3d, MultiheadAttention and transformers' Conv1D run on 4-bit operands: as
     exact int8 products where the machine has them, with the same numbers in float32 elsewhere. Inputs are kept for
@@ -49,29 +52,25 @@ class LUQMixin(QuantizedPrecisionMixin):
     """
 
     info: MethodInfo = METHODS["luq4"]
-    products: ClassVar[tuple[str, str]] = ("native int8", "emulated in float32")
-    formats: str = "INT4 x INT4 (SAWB), FP4 (LUQ)"
+    options_class: ClassVar[type[LayerOptions]] = LUQOptions
+    options: LUQOptions
 
     def __init__(
         self,
         *,
-        levels: int = 7,
-        samples: int = 1,
-        unsigned: Unsigned = "mirror5",
-        hindsight: float | None = None,
-        power_of_two: bool = False,
-        gradient_rounding: Rounding = "luq",
-        exempt: Sequence[str] = (),
-        exempt_first_last: bool = True,
-        pack_relu: bool = True,
-        products: Products = "auto",
-        measure_every_n_steps: int = 1000,
-        on_nonfinite: OnNonFinite = "raise",
+        levels: int = LUQOptions.levels,
+        samples: int = LUQOptions.samples,
+        unsigned: Unsigned = LUQOptions.unsigned,
+        hindsight: float | None = LUQOptions.hindsight,
+        power_of_two: bool = LUQOptions.power_of_two,
+        gradient_rounding: GradientRounding = LUQOptions.gradient_rounding,
+        exempt: Sequence[str] = LUQOptions.exempt,
+        exempt_first_last: bool = LUQOptions.exempt_first_last,
+        pack_relu: bool = LUQOptions.pack_relu,
+        products: Products = LUQOptions.products,
+        measure_every_n_steps: int = LUQOptions.measure_every_n_steps,
+        on_nonfinite: OnNonFinite = LUQOptions.on_nonfinite,
     ) -> None:
         options = options_from(locals())
         super().__init__()
-        self._eff_init(**options)
-
-    def _eff_init(self, **options: Any) -> None:
-        """Set up after construction, or after a graft onto a plugin Lightning made."""
-        self._begin(LUQConfig(**options))
+        self.configure_method(**options)

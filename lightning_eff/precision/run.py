@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_eff.integration.attached import trainer_of
+from lightning_eff.integration.closure import AfterClosureMixin
 from lightning_eff.optim.steps import STEPS, Closure
-from lightning_eff.precision.layers.sharded import zero_engine
+from lightning_eff.precision.gradients import zero_engine
+from lightning_eff.precision.method import MethodMixin
 from lightning_eff.runtime.runs import Run
 
 
-class RunMixin:
+class Aside(NamedTuple):
+    """Holds what belongs to a fit, and an evaluation in between must not change."""
+
+    seed: int | None
+    calls: int
+    weights_only: bool
+
+
+class RunMixin(MethodMixin):
     """Tells a plugin where a run begins and ends, and of every step of every optimizer of its models."""
 
     _run: Run
-    _aside: Any = None
+    _aside: Aside | None = None
 
     def _start_run(self, module: nn.Module) -> bool:
-        """A run begins, or Fabric sets up a model; return whether it is a fit that goes on with the last one.
+        """Begin a run, or take in a model Fabric sets up; return whether it is a fit that goes on with the last one.
 
         An evaluation of the model that was trained uses what was learned of it, and leaves the state of the fit alone.
         Fabric does not tell of runs.
         """
         STEPS.add(self)
-        trainer = getattr(module, "_trainer", None)
+        trainer = trainer_of(module)
         if trainer is None:
             self._run.add(module)
             return False
@@ -40,7 +51,7 @@ class RunMixin:
         return goes_on
 
     def _end_run(self) -> None:
-        """A run has ended, or was broken off."""
+        """Note that a run has ended, or was broken off."""
         STEPS.remove(self)
         self._run.end()
         if self._aside is not None:
@@ -48,8 +59,8 @@ class RunMixin:
             self._aside = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What a run takes up is the checkpoint's alone, also where that knows nothing of the method."""
-        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        """Forget what is not the checkpoint's: a run takes up nothing else, also where that knows not the method."""
+        super().on_load_checkpoint(checkpoint)
         self._forget_run()
         self._restart()
 
@@ -59,10 +70,11 @@ class RunMixin:
     def _restart(self) -> None:
         """Let the models and optimizers of this run begin with the state there is now."""
 
-    def _put_aside(self) -> Any:
-        """What an evaluation, which may load a checkpoint, must not change for a fit that goes on afterwards."""
+    def _put_aside(self) -> Aside | None:
+        """Return what an evaluation, which may load a checkpoint, must not change for a fit that goes on afterwards."""
+        return None
 
-    def _take_back(self, aside: Any) -> None:
+    def _take_back(self, aside: Aside) -> None:
         """Undo :meth:`_put_aside`."""
 
     def before_step(self, optimizer: Optimizer, closure: Closure | None) -> Closure | None:
@@ -73,7 +85,7 @@ class RunMixin:
         """See :class:`lightning_eff.optim.steps.StepListener`."""
 
 
-class StepsMixin(RunMixin):
+class StepsMixin(RunMixin, AfterClosureMixin):
     """Sees every step of every optimizer of the models once, by whichever way it is taken, before and after it."""
 
     _told = False
@@ -84,12 +96,12 @@ class StepsMixin(RunMixin):
         engine = zero_engine(kwargs.get("model"))
         steps = engine is None or engine.is_gradient_accumulation_boundary()  # DeepSpeed accumulates by itself
         closure = kwargs.pop("closure", None)
-        if not hasattr(super(), "_after_closure"):  # Fabric does not look after a closure as the Trainer does
+        if not self.is_told_after_closure():
             closure = self._guarded(closure)
         kwargs |= {} if closure is None else {"closure": partial(self._untold, closure)}
         self._told = True
         try:
-            result = super().optimizer_step(optimizer, *args, **kwargs)  # type: ignore[misc]
+            result = super().optimizer_step(optimizer, *args, **kwargs)
         finally:
             self._told = False
         if steps:
@@ -104,11 +116,11 @@ class StepsMixin(RunMixin):
         finally:
             self._told = told
 
-    def before_step(self, optimizer: Any, closure: Closure | None) -> Closure | None:
+    def before_step(self, optimizer: Optimizer, closure: Closure | None) -> Closure | None:
         """Look at the gradients of a step that does not come through Lightning."""
         return closure if self._told or not self._run.has(optimizer) else self._guarded(closure)
 
-    def after_step(self, optimizer: Any) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         """Take in a step that did not come through Lightning."""
         if not self._told and self._run.has(optimizer):
             self._take_in_step(optimizer)
@@ -117,16 +129,16 @@ class StepsMixin(RunMixin):
         """Look at the gradients now, or each time ``closure`` has made them."""
         if closure is not None:
             return partial(self._evaluated, closure)
-        self._look()
+        self._look_at_gradients()
         return None
 
     def _evaluated(self, closure: Closure) -> Any:
         result = closure()
-        self._look()
+        self._look_at_gradients()
         return result
 
-    def _look(self) -> None:
+    def _look_at_gradients(self) -> None:
         """Look at the gradients before a step."""
 
-    def _take_in_step(self, optimizer: Any) -> None:
+    def _take_in_step(self, optimizer: Optimizer) -> None:
         """Take in that parameters have changed."""

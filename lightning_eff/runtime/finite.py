@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
+
+import torch
+from torch import nn
 
 from lightning_eff.errors import EffWarning, NonFiniteGradientError
 
-__all__ = ["FIND_OPERATION", "OnNonFinite", "stop_if_broken"]
+__all__ = ["FIND_OPERATION", "OnNonFinite", "find_nonfinite", "stop_if_broken"]
 
 OnNonFinite = Literal["raise", "warn"]
 SHOWN = 8
@@ -52,6 +55,16 @@ def stop_if_broken(
             "regardless."
         )
     warnings.warn(f"{message}The optimizer step goes on as asked.", EffWarning, stacklevel=3)
+
+
+def find_nonfinite(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters whose gradient holds NaN or Inf; one sum of squares a gradient where none does."""
+    present = [(p, p.grad) for p in parameters if p.grad is not None and p.grad.numel()]
+    grads = [(p, g.coalesce().values() if g.is_sparse else g) for p, g in present]
+    # The largest element would say the same, 20 times as slowly (CPU).
+    if not grads or bool(torch.stack(torch._foreach_norm([g for _, g in grads])).isfinite().all()):
+        return []
+    return [p for p, g in grads if not bool(g.isfinite().all())]  # none: squares of finite numbers were too large
 
 
 FIND_OPERATION = "; torch.autograd.set_detect_anomaly(True) names the operation"

@@ -37,7 +37,7 @@ class _Bucket:
 
 
 def _buckets(parameters: Iterable[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
-    """Parameters in reverse (the order in which backward finishes them), of one dtype and device, up to ``limit``."""
+    """Group parameters in reverse (backward finishes them so), of one dtype and device, up to ``limit`` bytes."""
     found: dict[tuple[torch.dtype, torch.device], list[list[nn.Parameter]]] = {}
     for p in reversed(list(parameters)):
         groups = found.setdefault((p.dtype, p.device), [[]])
@@ -48,7 +48,7 @@ def _buckets(parameters: Iterable[nn.Parameter], limit: int) -> list[list[nn.Par
 
 
 class GradientSum:
-    """The sum of every gradient over the ranks, and with it of a few numbers, in as few messages as buckets.
+    """Sums every gradient over the ranks, and with it a few numbers, in as few messages as there are buckets.
 
     A parameter without a gradient counts as zero; one that has none on any rank keeps none. Gradients are divided by
     the number of ranks before they are summed, as DistributedDataParallel does, so that equal gradients give equal
@@ -77,7 +77,7 @@ class GradientSum:
         self._carrier = self.buckets[first]
 
     def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether it was made for these, and they have not become others since: moved, resized, of another dtype."""
+        """Return whether the sum was made for these and none has been moved, resized or cast since."""
         return len(parameters) == len(self.parameters) and all(
             p is mine and (p.shape, p.dtype, p.device) == form
             for p, mine, form in zip(parameters, self.parameters, self._forms, strict=True)
@@ -106,14 +106,14 @@ class GradientSum:
         self._used = {id(p) for p, flag in zip(self.parameters, sums[len(numbers) :], strict=True) if flag}
         return sums[: len(numbers)]
 
-    def broken(self) -> list[nn.Parameter]:
-        """Parameters whose summed gradient holds NaN or Inf: the same on every rank."""
+    def nonfinite_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters whose summed gradient holds NaN or Inf: the same on every rank."""
         sizes = ((bucket, sum(p.numel() for p in bucket.parameters)) for bucket in self.buckets)
         suspects = [bucket for bucket, size in sizes if not bool(bucket.buffer[:size].sum().isfinite())]
         pairs = [pair for bucket in suspects for pair in zip(bucket.parameters, bucket.slices, strict=True)]
         return [p for p, part in pairs if not bool(part.isfinite().all())]
 
-    def breakers(self, losses: Sequence[Tensor]) -> list[str]:
+    def name_nonfinite_ranks(self, losses: Sequence[Tensor]) -> list[str]:
         """Name the ranks whose own gradients hold NaN or Inf, and their first micro-batch whose loss does; collective.
 
         Args:

@@ -17,7 +17,7 @@ LOOK_S = 0.2
 
 
 def this_process() -> str:
-    """What names this process to others: machine, number, start; empty where the system does not tell (no Linux)."""
+    """Return the name of this process: machine, number, start; empty where the system does not tell (no Linux)."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         numbers = str(Path("/proc/self/ns/pid").readlink())  # process numbers of a container are its own
@@ -28,7 +28,7 @@ def this_process() -> str:
 
 
 def lives(process: str) -> bool | None:
-    """Whether a process that :func:`this_process` named lives; None if it runs where that cannot be seen."""
+    """Return whether a process that :func:`this_process` named lives; None if it runs where that cannot be seen."""
     *place, number, started = process.split(" ") if process else ("", "", "")
     if place != this_process().split(" ")[:-2]:
         return None
@@ -45,7 +45,7 @@ def _state_and_start(number: int) -> tuple[str, str]:
 
 
 class EndWithParent:
-    """A ``worker_init_fn`` that lets a loader worker end soon after its rank.
+    """Lets a loader worker end soon after its rank, as a ``worker_init_fn``.
 
     A forked worker holds copies of its rank's connections: as long as it lives, the other ranks do not learn that the
     rank was killed. torch's own workers look for it every 5 seconds.
@@ -58,7 +58,7 @@ class EndWithParent:
         self.then = then
 
     def __call__(self, worker: int) -> None:
-        """Watch, then do what was to be done."""
+        """Watch the rank from a thread, then call the ``worker_init_fn`` that was there."""
         threading.Thread(target=_end_with, args=(os.getppid(),), name="rank-watch", daemon=True).start()
         if self.then is not None:
             self.then(worker)
@@ -71,7 +71,7 @@ def _end_with(parent: int) -> None:
 
 
 def lost_a_loader_worker(error: BaseException) -> bool:
-    """Whether the error says that a worker of a DataLoader has ended, or that it broke off what it was sending."""
+    """Return whether an error says that a worker of a DataLoader has ended, or broke off what it was sending."""
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return True
     if not isinstance(error, OSError | EOFError):

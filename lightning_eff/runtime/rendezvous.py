@@ -69,7 +69,7 @@ def form_group(
 
 
 def _left_store(host: str, port: int, key: str) -> tuple[Any, int]:
-    """The store of the group before, if it is of this address and still answers, and the number of the new group.
+    """Return the store of the group before, if it is of this address and answers, and the new group's number.
 
     A new one in its place might be found by one rank and not by another, which is still connected to the old one.
     """
@@ -82,7 +82,7 @@ def _left_store(host: str, port: int, key: str) -> tuple[Any, int]:
 
 
 def _answers(host: str, port: int, within_s: float) -> bool:
-    """Whether somebody listens there; torch's own client tries for up to three times as long as it is told to."""
+    """Return whether somebody listens there; torch's own client tries for up to three times as long as it is told."""
     deadline = time.monotonic() + within_s
     while (left_s := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError):
@@ -93,7 +93,7 @@ def _answers(host: str, port: int, within_s: float) -> bool:
 
 
 def is_ours() -> bool:
-    """Whether the default process group was formed by :func:`form_group`."""
+    """Return whether the default process group was formed by :func:`form_group`."""
     return dist.is_initialized() and bool(
         dist.distributed_c10d._get_default_store().check([f"{_FORMED}/{dist.get_rank()}"])
     )

@@ -18,20 +18,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_eff.functional.random import GOLDEN, MASK64, mix64
+from lightning_eff.functional.random import GOLDEN64, MASK64, mix64
 
 USER = -1
 """The stream of the user's own code, before and after the stack."""
 
 
-def _mixed(z: int) -> int:
-    """Return the number that splitmix64 gives after the state ``z``."""
-    return mix64(z + GOLDEN)
+def _mix(z: int) -> int:
+    """Return the number that splitmix64 draws after the state ``z``."""
+    return mix64(z + GOLDEN64)
 
 
 @dataclass
 class Randomness:
-    """The streams of a run.
+    """Switches torch's generators between the streams of a run.
 
     Attributes:
         seed: of the run; 64 bits.
@@ -47,14 +47,14 @@ class Randomness:
 
     def enter(self, micro_batch: int, stage: int) -> int:
         """Draw from the stream of this micro-batch in this stage from now on; return its seed."""
-        seed = _mixed(_mixed(self.seed ^ _mixed(micro_batch)) ^ _mixed(stage & MASK64))
+        seed = _mix(_mix(self.seed ^ _mix(micro_batch)) ^ _mix(stage & MASK64))
         for generator in self._generators():
             generator.manual_seed(seed >> 1)
         return seed
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Whatever is drawn inside, afterwards torch's generators are as they were."""
+        """Put torch's generators back, whatever is drawn inside."""
         generators = self._generators()
         before = [generator.get_state() for generator in generators]
         try:
@@ -87,7 +87,7 @@ def _python_and_numpy(seed: int) -> Iterator[None]:
             numpy.random.set_state(other)
 
 
-def same_on_all_ranks() -> None:
+def broadcast_generators() -> None:
     """Give every rank the state of rank 0's generators: shuffles and augmentation have to be the same everywhere."""
     numpy: Any = sys.modules.get("numpy")
     states: list[Any] = [torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None]
@@ -98,10 +98,10 @@ def same_on_all_ranks() -> None:
         numpy.random.set_state(states[2])
 
 
-def drawn_seed(steps: int = 0) -> int:
-    """A seed for a run from ``torch.initial_seed()``; nothing is drawn.
+def seed_of_run(steps: int = 0) -> int:
+    """Hash the seed of a run from ``torch.initial_seed()``; no generator is drawn from.
 
     Args:
         steps: updates before the run; one that goes on after another draws other numbers.
     """
-    return _mixed((torch.initial_seed() & MASK64) ^ (_mixed(steps) if steps else 0))
+    return _mix((torch.initial_seed() & MASK64) ^ (_mix(steps) if steps else 0))

@@ -45,7 +45,7 @@ _IN_USE = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
 class _Seen(NamedTuple):
-    """What one rank has noted.
+    """Holds what one rank has noted in the store.
 
     Attributes:
         run: number of the run it is in; 0 if it was never seen.
@@ -143,7 +143,7 @@ class RollCall:
         self._note_end(_RAISED, f"{what}{type(error).__name__}: {_first_line(error)}"[:500])
 
     def lost(self, where: str, error: BaseException) -> RankLostError:
-        """The error that says who is missing, and what became of them; :attr:`missing` are they.
+        """Return the error that says who is missing, and what became of them; :attr:`missing` are they.
 
         Args:
             where: this rank was.
@@ -181,7 +181,7 @@ class RollCall:
             pause_s = min(2 * pause_s, 0.1)
 
     def stay(self) -> None:
-        """After an error, on the rank that keeps the store: let the others read it, if they come soon."""
+        """Stay after an error, on the rank that keeps the store, until the others have read it, if they come soon."""
         if self._store is None or self.rank != 0 or _agent_keeps_the_store():
             return
         deadline = time.monotonic() + STAY_S
@@ -209,7 +209,7 @@ class RollCall:
             self._store.set(key, note)
 
     def _read(self) -> list[_Seen] | str:
-        """What every rank has noted; or who keeps the store, and that it does not answer."""
+        """Return what every rank has noted; or who keeps the store, and that it does not answer."""
         ranks = [self._key(rank) for rank in range(self.world)]
         notes = _read_soon(self._store, [*ranks, *(f"{key}/end" for key in ranks)])
         keeper = "torchrun's agent" if _agent_keeps_the_store() else "rank 0"
@@ -254,7 +254,7 @@ def _last_seen(one: _Seen) -> str:
 
 
 def _fate(one: _Seen) -> str:
-    """What became of a rank, as far as is known here."""
+    """Return what became of a rank, as far as is known here."""
     if one.end == _RAISED:
         return f", which {one.why}"
     if one.end == _WAITED:
@@ -285,7 +285,7 @@ def _all_waited(others: dict[int, _Seen]) -> str:
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Whether torch.distributed raised it because other ranks, or the store, did not answer."""
+    """Return whether torch.distributed raised the error because other ranks, or the store, did not answer."""
     if not isinstance(error, RuntimeError) or isinstance(error, EffError) or _IN_USE.search(str(error)):
         return False
     return isinstance(error, dist.DistError) or bool(_OF_GLOO.search(str(error)))
@@ -296,7 +296,7 @@ def _agent_keeps_the_store() -> bool:
 
 
 def _tcp_store() -> Any:
-    """The store under the default group's prefixes, with them, if it is one that keeps a key only once."""
+    """Return the default group's store, with its prefixes, if it is one that keeps a key only once."""
     store: Any = dist.distributed_c10d._get_default_store()
     under = store
     while isinstance(under, dist.PrefixStore):
@@ -305,7 +305,7 @@ def _tcp_store() -> Any:
 
 
 def _read_soon(store: Any, keys: list[str]) -> list[str] | RuntimeError | None:
-    """The values of ``keys`` ("" where there is none), the error of the store, or None if it does not answer in time.
+    """Return the values of ``keys`` ("" for none), the error of the store, or None if it does not answer in time.
 
     In a thread, because a request to a process that hangs does not return.
     """
@@ -328,7 +328,7 @@ def _read_soon(store: Any, keys: list[str]) -> list[str] | RuntimeError | None:
 
 
 def _first_line(error: BaseException) -> str:
-    """What it says, without gloo's advice to look at the other ranks, which has been followed."""
+    """Return what an error says, without gloo's advice to look at the other ranks, which has been followed."""
     line = next(iter(str(error).splitlines()), type(error).__name__)
     return line.partition(" This is typically caused by")[0]
 

@@ -15,7 +15,7 @@ __all__ = ["Run"]
 
 
 class Run:
-    """The Trainer and the model of the last run, and how far it had come. Copies and pickles are of no run.
+    """Remembers the Trainer and the model of the last run, and how far it had come; a copy remembers none.
 
     A fit goes on with the last one if its Trainer and its model are the same objects, and the Trainer is where that fit
     ended (``trainer.fit_loop.max_epochs`` was raised, or it was interrupted). Any other fit is a new run; one that
@@ -38,7 +38,7 @@ class Run:
         return None if self._trainer is None else self._trainer()
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether ``model`` is the run's model."""
+        """Return whether ``model`` is the run's model."""
         return any(ref() is model for ref in self._models)
 
     def begin(self, trainer: Any, model: nn.Module, *, fits: bool = True) -> bool:
@@ -60,7 +60,7 @@ class Run:
             self._batches = _batches(self.trainer)
 
     def steps(self, own: int, *, at_least: int = 0) -> int:
-        """Optimizer steps of the whole run, those before a resume counted.
+        """Return the optimizer steps of the whole run, those before a resume counted.
 
         Lightning's count stands still where raw optimizers are used; then it is ``own``, counted since the run began or
         was taken up, after what was known then: Lightning's count, or ``at_least``.
@@ -73,7 +73,7 @@ class Run:
         return max(done, self._first + own)
 
     def has(self, optimizer: Any) -> bool:
-        """Whether ``optimizer`` updates parameters of the run's models."""
+        """Return whether ``optimizer`` updates parameters of the run's models."""
         if optimizer not in self._own:
             models = (model for ref in self._models if (model := ref()) is not None)
             ours = {id(p) for model in models for p in model.parameters()}
@@ -84,5 +84,5 @@ class Run:
 
 
 def _batches(trainer: Any) -> int:
-    """Training batches that this Trainer has begun, less one; Lightning restores it with a checkpoint."""
+    """Return the training batches that this Trainer has begun, less one; Lightning restores it with a checkpoint."""
     return int(trainer.fit_loop.total_batch_idx)

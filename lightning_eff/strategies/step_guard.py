@@ -1,4 +1,4 @@
-"""Refused before they do harm: collectives inside ``training_step``, optimizer steps beside the strategy."""
+"""Optimizer steps beside the strategy are refused before they do harm."""
 
 from __future__ import annotations
 
@@ -7,67 +7,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning_eff.errors import UnsupportedCombinationError
+from lightning_eff.integration.bases import StrategyBase
 from lightning_eff.methods import MethodInfo
 from lightning_eff.runtime.patches import Undo
 
-
-class CollectiveGuard:
-    """A strategy whose collectives raise while a ``training_step`` runs."""
-
-    info: MethodInfo
-    _in_step = False
-
-    @contextlib.contextmanager
-    def _no_collectives(self) -> Iterator[None]:
-        self._in_step = True
-        try:
-            yield
-        finally:
-            self._in_step = False
-
-    def _check_no_collective(self, name: str) -> None:
-        if self._in_step:
-            raise UnsupportedCombinationError(
-                f"training_step calls {name}() between the ranks, and under {self.info.name!r} other ranks may have "
-                "dropped this micro-batch and never answer. Use self.log(..., on_step=False, on_epoch=True, "
-                "sync_dist=True) or strategy='ddp'."
-            )
-
-    def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        """Reduce a tensor; not inside ``training_step``."""
-        self._check_no_collective("reduce")
-        return super().reduce(*args, **kwargs)  # type: ignore[misc]
-
-    def all_gather(self, *args: Any, **kwargs: Any) -> Any:
-        """Gather a tensor; not inside ``training_step``."""
-        self._check_no_collective("all_gather")
-        return super().all_gather(*args, **kwargs)  # type: ignore[misc]
-
-    def broadcast(self, *args: Any, **kwargs: Any) -> Any:
-        """Broadcast an object; not inside ``training_step``."""
-        self._check_no_collective("broadcast")
-        return super().broadcast(*args, **kwargs)  # type: ignore[misc]
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks; not inside ``training_step``."""
-        self._check_no_collective("barrier")
-        super().barrier(*args, **kwargs)  # type: ignore[misc]
+__all__ = ["StepGuard"]
 
 
-class StepGuard:
-    """A strategy whose optimizer is stepped by it alone.
+class StepGuard(StrategyBase):
+    """Lets nobody but the strategy step its optimizer.
 
     Somebody else does where ``self.optimizers(use_pl_optimizer=False)`` is stepped.
     """
 
     info: MethodInfo
-    optimizers: Any
     _stepping = False
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Ask the module for its optimizer; refuse several, which Lightning does too, as any other combination."""
         try:
-            super().setup_optimizers(trainer)  # type: ignore[misc]
+            super().setup_optimizers(trainer)
         except RuntimeError as error:
             if "multiple optimizers" not in str(error):
                 raise
@@ -78,6 +37,7 @@ class StepGuard:
 
     @contextlib.contextmanager
     def _own_step(self) -> Iterator[None]:
+        """Allow the optimizer's step inside the block."""
         self._stepping = True
         try:
             yield
@@ -85,6 +45,7 @@ class StepGuard:
             self._stepping = False
 
     def _refuse_other_steps(self) -> list[Undo]:
+        """Let the optimizers raise where somebody else steps them; return what ends that."""
         registers = [getattr(optimizer, "register_step_pre_hook", None) for optimizer in self.optimizers]
         return [register(self._check_own).remove for register in registers if register is not None]
 

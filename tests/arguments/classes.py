@@ -78,10 +78,9 @@ def plain(value: Any) -> bool:
 
 def used(thing: Any) -> None:
     """What a run does first with an object that was made."""
-    if hasattr(thing, "config"):
-        thing.config.format().memories()
-        names = [field.name for field in dataclasses.fields(thing.config)]
-        assert all(plain(getattr(thing.config, name)) for name in names)
+    if dataclasses.is_dataclass(given := getattr(thing, "options", None)):
+        given.format().histories()
+        assert all(plain(getattr(given, field.name)) for field in dataclasses.fields(given))
     else:
         kept = {name: value for name, value in vars(thing).items() if name in options_of(type(thing))}
         assert all(plain(value) or name in {"delay", "options", "mitigation"} for name, value in kept.items())

@@ -51,13 +51,16 @@ def test_several_options_at_once(cls: type[Any], seed: int) -> None:
             used(thing)
 
 
-@pytest.mark.parametrize("cls", [c for c in public("precision") if hasattr(c(), "config")], ids=lambda c: c.__name__)
+CONVERTING = [cls for cls in public("precision") if hasattr(cls, "options_class")]
+
+
+@pytest.mark.parametrize("cls", CONVERTING, ids=lambda c: c.__name__)
 def test_what_a_precision_has_taken_trains(cls: type[Any]) -> None:
     for options in accepted(cls, 12):
         model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
-        config = made(cls, options)[0].config
+        taken = made(cls, options)[0].options
         try:
-            convert(model, config)
+            convert(model, taken)
         except EffError:  # a pattern that matches no layer
             continue
         for _ in range(2):

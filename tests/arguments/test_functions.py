@@ -17,7 +17,8 @@ from lightning_eff.functional.numerics.lognormal import best_format, threshold_f
 from lightning_eff.functional.numerics.luq import luq_scale, smp_quantize
 from lightning_eff.functional.numerics.sawb import sawb_codes
 from lightning_eff.functional.partition import balance
-from lightning_eff.functional.staleness.mitigation import delay, spike_coefficients, utilisation
+from lightning_eff.functional.staleness.mitigation import spike_coefficients
+from lightning_eff.functional.staleness.schedule import stage_delay, utilisation
 from lightning_eff.functional.staleness.stability import max_stable_lr
 from lightning_eff.functional.stragglers.model import best_threshold, ideal_threshold, predicted
 from lightning_eff.functional.stragglers.simulated import StallDelay, parse_delay
@@ -37,7 +38,7 @@ CALLABLE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "autoflex_init": (autoflex_init, {"max_abs": 1.0, "bits": 16}),
     "best_format": (best_format, {"bits": 8, "sigma2": 3.0}),
     "threshold_for": (threshold_for, {"sparsity": 0.5, "sigma": 1.0}),
-    "delay": (delay, {"stage": 0, "stages": 3, "in_flight": 2}),
+    "stage_delay": (stage_delay, {"stage": 0, "stages": 3, "in_flight": 2}),
     "utilisation": (utilisation, {"samples": 5, "stages": 3}),
     "spike_coefficients": (spike_coefficients, {"momentum": 0.9, "delay": 2}),
     "max_stable_lr": (max_stable_lr, {"curvature": 1.0, "delay": 2, "momentum": 0.5, "mitigation": "none"}),

@@ -144,7 +144,7 @@ def test_the_float16_control_loses_what_float16_loses() -> None:
 
 
 def test_held_by_graph_finds_what_hooks_do_not_see() -> None:
-    from examples.common.saved import held_by_graph, record_all
+    from benchmarks.tasks.saved import held_by_graph, record_all
 
     class Keeps(torch.autograd.Function):
         @staticmethod

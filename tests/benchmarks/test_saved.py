@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples.common.saved import quantisable, record_saved
+from benchmarks.tasks.saved import quantisable, record_saved
 
 FLOAT_BYTES = 4
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,20 +12,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_quickstart_by_its_path(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--fast", "--seeds", "2", "--output", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "loss_curves.png").stat().st_size > 10_000
-    for words in (
-        "bf16-mixed",
-        "luq4 SMP-2",
-        "CNN on digits: luq4 against fp32 is",
-        "GPT on Python source: luq4 against",
-    ):
-        assert words in done.stdout
 
 
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
@@ -40,38 +28,50 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train_cli.py"])  # LightningCLI remarks on arguments of the test runner
     config = f"--config={ROOT / 'examples' / 'cli_luq4.yaml'}"
     trainer = main(
-        ["fit", config, "--trainer.max_epochs=1", "--model.width=8", f"--trainer.default_root_dir={tmp_path}"]
+        ["fit", config, "--trainer.max_epochs=3", "--model.width=8", f"--trainer.default_root_dir={tmp_path}"]
     )
     assert trainer.trainer.precision_plugin.eff_method == "luq4"
     assert trainer.trainer.callback_metrics["val_accuracy"] > 0.2
 
 
+def run(*arguments: str, folder: Path) -> str:
+    """Run an example by its path, from a folder that is not the repository; return what it prints."""
+    command = [sys.executable, str(ROOT / "examples" / arguments[0]), *arguments[1:]]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.long
 def test_stragglers_by_its_path(tmp_path: Path) -> None:
-    """Rank 1 is always slow, so that dropping is certain: one of its eight micro-batches, a sixteenth of all."""
-    command = [sys.executable, str(ROOT / "examples" / "stragglers.py"), "--fast", "--delay", "slow:rank=1,factor=4"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    cells = {line[:48].strip(): line[48:].split() for line in done.stdout.splitlines()}
-    assert cells["micro-batches dropped"][0] == "0.0%"
-    assert 0 < float(cells["micro-batches dropped"][1].rstrip("%")) <= 15
-    assert all(float(cell) > 90 for cell in cells["held-out accuracy, %"])
-    assert done.stdout.count("dropcompute over ddp, seed by seed:") == 1, "rank 0 alone prints"
+    """Rank 1 is always slow, so that dropping is certain."""
+    printed = run("stragglers.py", "--steps", "16", "--delay", "slow:rank=1,factor=4", folder=tmp_path)
+    plain, ours = (
+        line for line in printed.splitlines() if "computed samples per second" in line
+    )  # rank 0 alone prints
+    assert plain.startswith("DDPStrategy: ")
+    assert ", 0.0% of the micro-batches" in plain
+    dropped = re.match(r"DropComputeStrategy: .* ([0-9.]+)% of the micro-batches dropped", ours)
+    assert dropped is not None
+    assert 0 < float(dropped[1]) <= 50
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long
 def test_pipeline_by_its_path(tmp_path: Path) -> None:
     """Two processes, of which rank 0 alone prints; the schedule is drawn where it was asked for."""
-    command = [sys.executable, str(ROOT / "examples" / "pipeline.py"), "--fast", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("x one process, ") == 1
-    (row,) = [line.split() for line in done.stdout.splitlines() if "bits per character  " in line]
-    alone, ours = map(float, row[-2:])
-    assert 0 < ours < 7.5, "7 bits are a guess among 128 characters"
-    assert abs(ours - alone) < 1
+    printed = run("pipeline.py", "--epochs", "3", "--output", str(tmp_path / "out"), folder=tmp_path)
+    (accuracy,) = re.findall(r"accuracy on held-out digits after 3 epochs: ([0-9.]+)%", printed)
+    assert float(accuracy) > 80
     assert "<svg" in (tmp_path / "out" / "pipeline_schedule.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("example", ["add_to_your_project.py", "cifar10.py", "pipeline.py", "stragglers.py"])
+def test_an_example_stands_alone(example: str) -> None:
+    """Whoever copies the file needs nothing but the package."""
+    tree = ast.parse((ROOT / "examples" / example).read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name for name in imported if name and name.partition(".")[0] in ("examples", "benchmarks", "tests")}
 
 
 def write_batch(path: Path, images: int) -> None:

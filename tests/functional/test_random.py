@@ -6,25 +6,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from lightning_eff.functional import draw_seed, uniform_bits
-from lightning_eff.functional.random import ROW, mix32, rank_seed, uniform
-from tests.bounds import FALSE_ALARM
+from lightning_eff.functional.random import GOLDEN64, MASK64, ROW, mix32, mix64, rank_seed, uniform
+from tests.bounds import FALSE_ALARM, chi_square, chi_square_bound, correlation, correlation_bound
 from tests.harness import run_ranks
 
 N = 1 << 20
-
-
-def chi_square_bound(degrees: int, comparisons: int) -> float:
-    """Laurent and Massart 2000, lemma 1: P(chi2 > d + 2 sqrt(d t) + 2 t) <= exp(-t)."""
-    t = math.log(comparisons / FALSE_ALARM)
-    return degrees + 2 * math.sqrt(degrees * t) + 2 * t
-
-
-def chi_square(counts: Tensor) -> float:
-    expected = counts.sum().double() / counts.numel()
-    return float(((counts.double() - expected) ** 2 / expected).sum())
 
 
 @pytest.mark.parametrize("shift", [0, 8, 16, 24])
@@ -47,17 +35,6 @@ def test_bits_are_balanced_in_every_position(seed: int) -> None:
     ones = torch.stack([((bits >> k) & 1).sum() for k in range(32)]).double()
     bound = math.sqrt(math.log(2 * 64 / FALSE_ALARM) / (2 * N))  # Hoeffding
     assert float((ones / N - 0.5).abs().max()) < bound
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    """Mean of the product of two uniform variables, centred and scaled to unit variance."""
-    return float(((a.double() - 0.5) * (b.double() - 0.5)).mean() * 12)
-
-
-def correlation_bound(n: int, comparisons: int) -> float:
-    """Each product is within +-3, with variance 1 under independence: Bernstein."""
-    t = math.log(2 * comparisons / FALSE_ALARM)
-    return math.sqrt(2 * t / n) + t / n
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 7, 64, 1000, ROW - 1, ROW, ROW + 1, 2 * ROW])
@@ -127,3 +104,24 @@ def test_ranks_seeded_alike_draw_different_seeds() -> None:
     assert len({fixed_0, fixed_1, drawn_0, drawn_1}) == 4
     u, v = uniform(N, drawn_0), uniform(N, drawn_1)
     assert abs(correlation(u, v)) < correlation_bound(N, 1)
+
+
+def test_mix64_is_splitmix64() -> None:
+    """The first numbers of that generator with the seed 1234567."""
+    found = [mix64(1234567 + k * GOLDEN64) for k in range(1, 6)]
+    assert found == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
+def test_mix64_takes_any_integer_and_half_of_its_bits_follow_every_bit(seed: int) -> None:
+    assert mix64(-1) == mix64(MASK64) == mix64((1 << 70) - 1)
+    starts = [(seed + k * GOLDEN64) & MASK64 for k in range(2000)]
+    assert len({mix64(z) for z in starts}) == len(starts)
+    for bit in range(64):
+        moved = sum((mix64(z) ^ mix64(z ^ (1 << bit))).bit_count() for z in starts[:200])
+        assert 0.45 < moved / (200 * 64) < 0.55

@@ -52,7 +52,7 @@ class DemoMixin:
         super().__init__()
         self._configure(levels, smp)
 
-    def _eff_init(self, *, levels: int = 7, smp: int = 1) -> None:
+    def configure_method(self, *, levels: int = 7, smp: int = 1) -> None:
         self._configure(levels, smp)
 
     def _configure(self, levels: int, smp: int) -> None:

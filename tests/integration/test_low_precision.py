@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_eff.errors import ConfigurationError, UnknownMethodError, UnsupportedCombinationError
 from lightning_eff.integration.graft import method_of
+from tests.state.runs import quiet_trainer, task
 
 
 @pytest.fixture
@@ -90,3 +92,18 @@ def test_an_unknown_method_is_refused_when_written(callback: type[Any]) -> None:
 
 def test_the_default_is_the_documented_one(callback: type[Any]) -> None:
     assert (callback().method, callback().options) == ("luq4", {})
+
+
+@pytest.mark.parametrize("string", ["luq4", "luq4+bf16-mixed", "fp8-fit"])
+def test_a_run_has_the_same_bits_as_with_the_string(string: str) -> None:
+    from lightning_eff.callbacks import LowPrecision
+
+    method, _, base = string.partition("+")
+    ways = {"precision": string}, {"precision": base or "32-true", "callbacks": [LowPrecision(method)]}
+    weights = []
+    for options in ways:
+        torch.manual_seed(3)
+        trainer = quiet_trainer(max_steps=6, **options)
+        trainer.fit(task("sgd"))
+        weights.append([p.detach().clone() for p in trainer.lightning_module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

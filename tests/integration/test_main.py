@@ -28,6 +28,15 @@ def test_explain_tells_what_the_row_and_the_card_say(name: str, capsys: pytest.C
         assert said in out
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_explain_knows_every_method(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", name]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    info = METHODS[name]
+    assert info.usage in out
+    assert (info.paper or "none: the method is this package's own").split()[-1] in out
+
+
 def test_explain_prints_the_card(capsys: pytest.CaptureFixture[str]) -> None:
     card = Path(main.__code__.co_filename).parent / "cards" / "luq4.md"
     main(["explain", "luq4"])

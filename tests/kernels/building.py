@@ -29,7 +29,7 @@ def script(path: Path, text: str) -> Path:
 
 def forget() -> None:
     """What another process would not know."""
-    for function in (build.obtained, build.library, build._build_key, build.machine_key):
+    for function in (build.obtained, build.library, build.build_key, build.machine_key):
         function.cache_clear()
 
 

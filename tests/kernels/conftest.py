@@ -1,4 +1,4 @@
-"""A cache as a new process finds it, and a library that need not be compiled."""
+"""What tests of kernels share: a compiled library, numbers of threads, a cache as a new process finds it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_eff.kernels import build, cache
+from tests.harness import keep_globals
 from tests.kernels.building import forget
+
+
+@pytest.fixture
+def compiled_kernels() -> None:
+    """Skip where nothing is compiled: the test would compare ``functional`` with itself."""
+    if build.library() is None:
+        pytest.skip("no compiled kernels here")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many threads torch, and hence kernels, may use."""
+    with keep_globals():
+        torch.set_num_threads(request.param)
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +35,7 @@ def prebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = build.obtained().folder
     if folder is None:
         pytest.skip("no compiled kernels here")
-    data = cache.read_trusted(folder / f"kernels-{build._build_key()}.so")
+    data = cache.read_trusted(folder / f"kernels-{build.build_key()}.so")
     path = tmp_path_factory.mktemp("prebuilt") / "prebuilt.so"
     path.write_bytes(data)
     return path

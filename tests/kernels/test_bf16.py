@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,23 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.numerics import bf16 as functional
-from lightning_eff.kernels import bf16, build
-from tests.harness import keep_globals
+from lightning_eff.kernels import bf16
+
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 SIZES = (0, 1, 63, 2047, 2048, 2049, 32767, 32769, 100_003)  # rows of 2048, threads from 32768
-
-
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
-    if build.library() is None:
-        pytest.skip("no compiled kernels here")
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with keep_globals():
-        torch.set_num_threads(request.param)
-        yield request.param
 
 
 def patterns(size: int) -> Tensor:
@@ -132,12 +119,12 @@ def test_sgd_is_left_to_torch_where_it_rounds_otherwise(monkeypatch: pytest.Monk
     weight, lo = functional.split_fp32(torch.randn(8))
     arguments: Any = (bf16.SGDRule(lr=0.1), weight, lo, torch.ones(8, dtype=torch.bfloat16), None)
     before = weight.clone()
-    bf16._rounds_like_torch.cache_clear()
+    bf16.rounds_like_torch.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(bf16.SGDRule, "__call__", lambda self, value, *_, **__: value.add_(1e-7))
         assert not bf16.sgd_step(*arguments, update="split")
     assert torch.equal(weight, before)
-    bf16._rounds_like_torch.cache_clear()
+    bf16.rounds_like_torch.cache_clear()
     assert bf16.sgd_step(*arguments, update="split")
     assert not torch.equal(weight, before)
 

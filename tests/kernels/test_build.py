@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_eff.kernels import build, cache
+from lightning_eff.kernels import build, cache, compiler
 from tests.kernels.building import copying, environment, forget, script, started, times_compiled
 
 # Prints, for every world it is given, sums that any difference in a code, a scale or a product would change, whether
@@ -143,7 +143,7 @@ def test_the_library_of_another_machine_is_never_loaded(
     filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shared home: the file is whole, trusted, and would end this machine with an illegal instruction."""
-    monkeypatch.setattr(build, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(build, "load", lambda *_: pytest.fail("loaded"))
     with monkeypatch.context() as patch:
         no_compiler(patch, tmp_path)
         patch.setattr(build, "cpu_facts", lambda: ("model name : another CPU", "flags : fpu vme"))
@@ -302,3 +302,17 @@ def test_systems_that_cannot_load_from_memory(
 def test_the_machine_has_one_name() -> None:
     assert build.machine_key() == build.machine_key()
     assert len(build.machine_key()) == 16
+
+
+def test_every_source_and_header_is_in_the_librarys_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = {build.build_key.__wrapped__()}
+    assert {path.name for path in compiler.HEADERS} == {"common.h"}
+    assert len(compiler.SOURCES) > 5
+    for kind in ("HEADERS", "SOURCES"):
+        for changed in getattr(compiler, kind):
+            copy = tmp_path / changed.name
+            copy.write_text(changed.read_text() + "\n// changed\n")
+            with monkeypatch.context() as patch:
+                patch.setattr(build, kind, [copy if path == changed else path for path in getattr(compiler, kind)])
+                names.add(build.build_key.__wrapped__())
+    assert len(names) == 1 + len(compiler.HEADERS) + len(compiler.SOURCES)

@@ -34,9 +34,9 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("LIGHTNING_EFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LIGHTNING_EFF_INT8", raising=False)
     monkeypatch.setattr(capability, "SIZE", 64)
-    capability._native.cache_clear()
+    capability.is_native.cache_clear()
     yield
-    capability._native.cache_clear()
+    capability.is_native.cache_clear()
 
 
 def file(tmp_path: Path) -> Path:
@@ -65,7 +65,7 @@ def test_environment_overrides_the_measurement(monkeypatch: pytest.MonkeyPatch, 
 def test_measurement_is_made_once_and_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = answers(monkeypatch, NATIVE, PLAIN)
     assert capability.native_int8("cpu") is True
-    capability._native.cache_clear()  # another process
+    capability.is_native.cache_clear()  # another process
     assert capability.native_int8("cpu") is True
     assert len(calls) == 1
     assert json.loads(file(tmp_path).read_text()) == NATIVE
@@ -107,7 +107,7 @@ def test_any_other_content_is_measured_anew_and_rewritten(
     else:
         path.write_bytes(CONTENTS[content])
     for _ in range(2):
-        capability._native.cache_clear()
+        capability.is_native.cache_clear()
         assert capability.native_int8() is False
     assert len(calls) == 2
     assert json.loads(path.read_text()) == PLAIN
@@ -121,7 +121,7 @@ def test_any_other_content_is_measured_anew_and_rewritten(
     )
 )
 def test_only_a_measurement_makes_sense(found: object) -> None:
-    if capability._makes_sense(found):
+    if capability.makes_sense(found):
         assert isinstance(found, dict)
         assert set(found) == set(NATIVE)
         assert found["native_s"] >= 0
@@ -134,7 +134,7 @@ def test_what_is_not_made_for_this_is_not_believed(monkeypatch: pytest.MonkeyPat
     answers(monkeypatch, PLAIN, PLAIN)
     assert capability.native_int8() is False
     file(tmp_path).write_text(json.dumps(NATIVE))
-    capability._native.cache_clear()
+    capability.is_native.cache_clear()
     assert capability.native_int8() is False
 
 
@@ -144,7 +144,7 @@ def test_a_folder_in_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     path = file(tmp_path)
     path.unlink()
     path.mkdir()
-    capability._native.cache_clear()
+    capability.is_native.cache_clear()
     assert capability.native_int8() is False
     assert json.loads(path.read_text()) == PLAIN
 
@@ -164,7 +164,7 @@ def test_processes_that_measure_at_once_agree(monkeypatch: pytest.MonkeyPatch) -
 
     def process() -> None:
         gate.wait()
-        found.append(capability._remembered("int8", CPU))
+        found.append(capability.remembered("int8", CPU))
 
     monkeypatch.setitem(capability._MEASURES, "int8", measure)
     threads = [threading.Thread(target=process) for _ in range(4)]
@@ -206,10 +206,10 @@ def test_without_a_place_to_agree_on_timing_does_not_count(
     measured: Iterator[capability.Measured] = itertools.cycle((NATIVE, PLAIN))
     monkeypatch.setitem(capability._MEASURES, kind, lambda _: next(measured))
     with cache.locked(tmp_path / "cache", 0.0) if why == "held for ever" else contextlib.nullcontext():
-        chosen = [capability._remembered(kind, CPU)["native"] for _ in range(4)]
+        chosen = [capability.remembered(kind, CPU)["native"] for _ in range(4)]
         assert chosen == [units] * 4
         measured = itertools.repeat({**PLAIN, "exact": False})
-        assert capability._remembered(kind, CPU)["native"] is False
+        assert capability.remembered(kind, CPU)["native"] is False
 
 
 def test_a_folder_without_locks_is_left_for_the_private_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_folder_without_locks_is_left_for_the_private_one(monkeypatch: pytest.
 
     monkeypatch.setattr(capability, "locked", some)
     calls = answers(monkeypatch, PLAIN, NATIVE)
-    assert [capability._remembered("int8", CPU) for _ in range(3)] == [PLAIN] * 3
+    assert [capability.remembered("int8", CPU) for _ in range(3)] == [PLAIN] * 3
     assert len(calls) == 1
     assert list(cache.private_directory().glob("*.json"))
     assert not list((tmp_path / "cache").glob("*.json"))
@@ -230,25 +230,25 @@ def test_a_folder_without_locks_is_left_for_the_private_one(monkeypatch: pytest.
 def test_what_is_measured_without_kernels_is_not_used_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, PLAIN, NATIVE)
     monkeypatch.setattr(capability, "library", lambda: None)
-    assert capability._remembered("int8", CPU) == PLAIN
+    assert capability.remembered("int8", CPU) == PLAIN
     monkeypatch.setattr(capability, "library", lambda: "kernels")
-    assert capability._remembered("int8", CPU) == NATIVE
+    assert capability.remembered("int8", CPU) == NATIVE
     monkeypatch.setattr(capability, "library", lambda: None)
-    assert capability._remembered("int8", CPU) == PLAIN
+    assert capability.remembered("int8", CPU) == PLAIN
 
 
 def test_another_machine_measures_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, PLAIN, NATIVE)
-    assert capability._remembered("int8", CPU) == PLAIN
+    assert capability.remembered("int8", CPU) == PLAIN
     monkeypatch.setattr(capability, "measurement_key", lambda: "another")
-    assert capability._remembered("int8", CPU) == NATIVE
+    assert capability.remembered("int8", CPU) == NATIVE
 
 
 @pytest.mark.parametrize("name", ["AMD Radeon/ATI", "../../up", "", "x" * 500, "NVIDIA H200 [GPU: 0]"])
 def test_any_name_of_a_gpu_is_a_file_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     calls = answers(monkeypatch, NATIVE, PLAIN)
-    assert [capability._remembered("int8", torch.device("cuda")) for _ in range(2)] == [NATIVE] * 2
+    assert [capability.remembered("int8", torch.device("cuda")) for _ in range(2)] == [NATIVE] * 2
     assert len(calls) == 1
     assert file(tmp_path).parent == tmp_path / "cache"
 
@@ -259,7 +259,7 @@ def test_any_name_of_a_gpu_is_a_file_of_the_cache(monkeypatch: pytest.MonkeyPatc
 def test_units_of_gpus(monkeypatch: pytest.MonkeyPatch, found: tuple[int, int], int8: bool, fp8: bool) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: found)
     gpu = torch.device("cuda")
-    assert [capability._has_units(kind, gpu) for kind in ("int8", "fp8", "int16")] == [int8, fp8, False]
+    assert [capability.has_units(kind, gpu) for kind in ("int8", "fp8", "int16")] == [int8, fp8, False]
 
 
 def test_other_devices_are_not_native() -> None:
@@ -279,7 +279,7 @@ def test_measuring_does_not_depend_on_where_it_is_done(kind: str) -> None:
     with keep_globals(), torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode(), torch.device("meta"):
         torch.set_default_dtype(torch.bfloat16)
         torch.use_deterministic_algorithms(True)
-        assert capability._measure(kind, CPU)["exact"] is True
+        assert capability.measure(kind, CPU)["exact"] is True
 
 
 def test_wrong_sums_are_never_native(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,9 +301,14 @@ def test_a_machine_without_int8_products(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_description(tmp_path: Path) -> None:
     text = capability.describe()
-    what = "compiled quantisers, int8 products, int8 speed, int16 products, compiler, cache, cache state"
-    assert ", ".join(text) == what
+    what = (
+        "compiled quantisers, compiled families, int8 products, int8 speed, int16 products, int16 speed, fp8 products"
+    )
+    assert ", ".join(text) == f"{what}, compiler, cache, cache state"
+    assert "float32 at 64^3" in text["int8 speed"]
+    assert "float64 at 64^3" in text["int16 speed"]
     if build.library() is not None:
+        assert {"bf16", "float_format", "fp8", "int16_product", "quantize"} < set(text["compiled families"].split(", "))
         assert text["cache"] == str(build.obtained().folder)
         assert text["cache state"] == "checked and used"
 

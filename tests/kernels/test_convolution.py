@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_eff.functional.codes import Codes
 from lightning_eff.kernels import convolution, products
-from lightning_eff.kernels.convolution import _gather_indexed, conv_forward, conv_input_grad, conv_weight_grad, gather
+from lightning_eff.kernels.convolution import conv_forward, conv_input_grad, conv_weight_grad, gather, gather_indexed
 from lightning_eff.kernels.geometry import Geometry, Triple, emulated_weight_grad
 
 ONE, ZERO = (1, 1, 1), (0, 0, 0)
@@ -91,15 +91,15 @@ def test_work_cut_into_groups_of_images(monkeypatch: pytest.MonkeyPatch, name: s
     (_, inputs, outputs), size, geometry = CASES[name]
     x, w, dy = operands((5, inputs, outputs), size, geometry)
     if wide:
-        monkeypatch.setattr(products, "_INT32_TERMS", 3)
+        monkeypatch.setattr(products, "INT32_TERMS", 3)
     positions = dy.codes[0, ..., 0].numel()
     for images in (1, 2, 3):
         monkeypatch.setattr(convolution, "GATHER_BYTES", images * positions * w.codes[0].numel())
-        monkeypatch.setattr(convolution, "_groups", _groups_without_minimum)
+        monkeypatch.setattr(convolution, "image_groups", _groups_without_minimum)
         check(x, w, dy, geometry, size, native=True)
 
 
-_original_groups = convolution._groups
+_original_groups = convolution.image_groups
 
 
 def _groups_without_minimum(images: int, bytes_per_image: int, at_least: int = 0) -> Any:
@@ -155,12 +155,12 @@ def test_gather_is_advanced_indexing(name: str) -> None:
     x, _, dy = operands(shape, size, geometry)
     out_size, taps = geometry.out_size(size), geometry.taps
     found = gather(x.codes, taps, geometry.stride, out_size)
-    assert torch.equal(found, _gather_indexed(x.codes, taps, geometry.stride, out_size))
+    assert torch.equal(found, gather_indexed(x.codes, taps, geometry.stride, out_size))
     for phase, kept, offsets in geometry.phases:
         places = [len(range(p, n, s)) for p, n, s in zip(phase, size, geometry.stride, strict=True)]
         if kept.numel() and all(places):
             part = (places[0], places[1], places[2])
-            assert torch.equal(gather(dy.codes, offsets, ONE, part), _gather_indexed(dy.codes, offsets, ONE, part))
+            assert torch.equal(gather(dy.codes, offsets, ONE, part), gather_indexed(dy.codes, offsets, ONE, part))
 
 
 @pytest.mark.parametrize("name", list(CASES))

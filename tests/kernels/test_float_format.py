@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import hypothesis.strategies as st
 import pytest
@@ -13,29 +12,16 @@ from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.numerics import float_format as plain
-from lightning_eff.functional.numerics.float_format import E4M3, E5M2, FloatFormat, Infinity, Rounding
-from lightning_eff.kernels import build
+from lightning_eff.functional.numerics.float_format import E4M3, E5M2, FloatFormat, FloatRounding, Infinity
 from lightning_eff.kernels import float_format as compiled
 from tests.bounds import lognormal
-from tests.functional.numerics.test_float_format import FORMATS, all_float16, name
-from tests.harness import keep_globals
+from tests.functional.numerics.formats import FORMATS, all_float16, name
+
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 SIZES = (0, 1, 2047, 2048, 2049, 40_000)
-ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
+ROUNDINGS: tuple[FloatRounding, ...] = ("nearest", "stochastic")
 INFINITIES: tuple[Infinity, ...] = ("propagate", "saturate")
-
-
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
-    if build.library() is None:
-        pytest.skip("no compiled kernels here")
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with keep_globals():
-        torch.set_num_threads(request.param)
-        yield request.param
 
 
 def assert_equal(found: Tensor, expected: Tensor) -> None:
@@ -80,7 +66,7 @@ def test_sizes_dtypes_and_threads(size: int, dtype: torch.dtype, threads: int) -
     exponent=st.integers(-149, 126),
     rounding=st.sampled_from(ROUNDINGS),
 )
-def test_any_float32_is_rounded_alike(fmt: FloatFormat, seed: int, exponent: int, rounding: Rounding) -> None:
+def test_any_float32_is_rounded_alike(fmt: FloatFormat, seed: int, exponent: int, rounding: FloatRounding) -> None:
     generator = torch.Generator().manual_seed(seed % 2**63)
     x = torch.randn(300, generator=generator, dtype=torch.float64).mul(2.0**exponent).float()
     found = compiled.quantize(x, fmt, rounding=rounding, seed=seed)

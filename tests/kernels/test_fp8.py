@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lightning_eff.functional import fp8_codes
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2
 from lightning_eff.kernels.build import library
 from lightning_eff.kernels.fp8 import fp8_decode, fp8_encode
 
-FORMATS = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+FORMATS = pytest.mark.parametrize("dtype", [FP8_E4M3, FP8_E5M2], ids=["e4m3", "e5m2"])
 
 
 def finite_bfloat16() -> torch.Tensor:
@@ -66,8 +66,8 @@ def test_without_kernels_the_numbers_are_the_same(size: int, monkeypatch: pytest
     if library() is None:
         pytest.skip("no compiled kernels here")
     x = torch.randn(size)
-    fast = fp8_encode(x, E4M3, keep=True)
+    fast = fp8_encode(x, FP8_E4M3, keep=True)
     monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
-    slow = fp8_encode(x, E4M3, keep=True)
+    slow = fp8_encode(x, FP8_E4M3, keep=True)
     assert torch.equal(fast[0].codes, slow[0].codes)
     assert torch.equal(fast[0].scale, slow[0].scale)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import pytest
@@ -12,12 +11,12 @@ from torch import Tensor
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional import fp8_codes
 from lightning_eff.functional.codes import Codes
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2
 from lightning_eff.kernels.build import library
 from lightning_eff.kernels.fp8 import fp8_decode
 from lightning_eff.kernels.fp8_rows import fp8_encode_along, fp8_encode_both
 
-FORMATS = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+FORMATS = pytest.mark.parametrize("dtype", [FP8_E4M3, FP8_E5M2], ids=["e4m3", "e5m2"])
 INPUTS = pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 OCTAVES = pytest.mark.parametrize("power_of_two", [False, True], ids=["exact", "octaves"])
 DIMS: tuple[Literal[0, 1], ...] = (0, 1)
@@ -60,14 +59,6 @@ def check(x: Tensor, dtype: torch.dtype, *, power_of_two: bool = False) -> None:
         assert columns.codes.dtype == (dtype if keep else torch.bfloat16)
         assert_same(rows, expected[1])
         assert_same(columns, expected[0])
-
-
-@pytest.fixture(params=[1, 2], ids=["1thread", "2threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @FORMATS
@@ -161,14 +152,14 @@ def test_buffers_are_filled(dim: Literal[0, 1], kernels: bool, monkeypatch: pyte
     if not kernels:
         monkeypatch.setattr("lightning_eff.kernels.operands.library", lambda: None)
     x, buffer, other = torch.randn(30, 50), *torch.full((2, 2000), 7.0, dtype=torch.bfloat16)
-    codes, _ = fp8_encode_along(x, E4M3, dim, out=buffer)
+    codes, _ = fp8_encode_along(x, FP8_E4M3, dim, out=buffer)
     assert codes.codes.data_ptr() == buffer.data_ptr()
-    assert_same(codes, fp8_codes(x, E4M3, dim=dim))
-    rows, columns = fp8_encode_both(x, E4M3, out=buffer, out_columns=other)
+    assert_same(codes, fp8_codes(x, FP8_E4M3, dim=dim))
+    rows, columns = fp8_encode_both(x, FP8_E4M3, out=buffer, out_columns=other)
     assert rows.codes.data_ptr() == buffer.data_ptr()
     assert columns.codes.data_ptr() == other.data_ptr()
-    assert_same(rows, fp8_codes(x, E4M3, dim=1))
-    assert_same(columns, fp8_codes(x, E4M3, dim=0))
+    assert_same(rows, fp8_codes(x, FP8_E4M3, dim=1))
+    assert_same(columns, fp8_codes(x, FP8_E4M3, dim=0))
     assert (buffer[1500:] == 7).all()
     assert (other[1500:] == 7).all()
 

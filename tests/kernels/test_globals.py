@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_eff.functional.codes import Codes
 from lightning_eff.functional.numerics.float_format import FloatFormat
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2
 from lightning_eff.kernels import bf16, float_format, fp8, fp8_rows, int16, products, pruning, quantize, relu
 from lightning_eff.kernels import shared_exponent as shared
 from lightning_eff.kernels.convolution import conv_forward, conv_input_grad, conv_weight_grad
@@ -83,11 +83,11 @@ KERNELS: dict[str, Callable[[], Any]] = {
     "luq of a number": lambda: quantize.luq_codes(X, seed=7, max_abs=0.1),
     "luq drawn": lambda: (torch.manual_seed(1), quantize.luq_codes(X))[1],
     "luq levels 8": lambda: quantize.luq_codes(X, seed=7, levels=8, max_abs=0.1),
-    "fp8": lambda: fp8.fp8_encode(X, E4M3, keep=True),
-    "fp8 delayed": lambda: fp8.fp8_encode(X, E5M2, max_abs=0.1),
-    "fp8 decode": lambda: fp8.fp8_decode(X.to(E4M3)),
-    "fp8 rows": lambda: fp8_rows.fp8_encode_along(X, E4M3, 1, keep=True),
-    "fp8 both": lambda: fp8_rows.fp8_encode_both(X, E4M3),
+    "fp8": lambda: fp8.fp8_encode(X, FP8_E4M3, keep=True),
+    "fp8 delayed": lambda: fp8.fp8_encode(X, FP8_E5M2, max_abs=0.1),
+    "fp8 decode": lambda: fp8.fp8_decode(X.to(FP8_E4M3)),
+    "fp8 rows": lambda: fp8_rows.fp8_encode_along(X, FP8_E4M3, 1, keep=True),
+    "fp8 both": lambda: fp8_rows.fp8_encode_both(X, FP8_E4M3),
     "float format": lambda: float_format.quantize(X, FORMAT, rounding="stochastic", seed=3),
     "float format codes": lambda: float_format.encode(X, FORMAT),
     "prune": lambda: pruning.stochastic_prune(X, 0.1, seed=3),
@@ -142,8 +142,8 @@ def test_the_probe_of_the_sgd_kernel_is_made_in_float32() -> None:
     kernels = bf16.kernels_for()
     if kernels is None:
         pytest.skip("no compiled kernels here")
-    assert same_everywhere(lambda: bf16._rounds_like_torch.__wrapped__(kernels), DTYPES, DEVICE) == []
-    assert bf16._rounds_like_torch(kernels)
+    assert same_everywhere(lambda: bf16.rounds_like_torch.__wrapped__(kernels), DTYPES, DEVICE) == []
+    assert bf16.rounds_like_torch(kernels)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.kernels import build
 from lightning_eff.kernels.build import library
-from lightning_eff.kernels.compiler import find_compiler, openmp_of_torch
+from lightning_eff.kernels.compiler import FLAGS, find_compiler, openmp_of_torch
 from lightning_eff.kernels.int16 import int16_native, int16_product
 
 ROWS, COLUMNS, SLICE, BLOCK = 6, 32, 512, 4
@@ -220,7 +220,7 @@ def test_the_same_bits_without_vnni(tmp_path: Path) -> None:
     if not compiler or not int16_native():
         pytest.skip("nothing to compare")
     source = Path(build.__file__).parent / "src" / "int16_product.cpp"
-    flags = [*build.FLAGS, "-Wall", "-Wextra", "-Werror", "-U__AVX512VNNI__"]
+    flags = [*FLAGS, "-Wall", "-Wextra", "-Werror", "-U__AVX512VNNI__"]
     subprocess.run([*compiler, *flags, str(source), "-o", str(target), *openmp_of_torch()], check=True)
     portable, native = ctypes.CDLL(str(target)), ctypes.c_int32(-1)
     portable.eff_int16_native(ctypes.byref(native))

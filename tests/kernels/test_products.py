@@ -43,7 +43,7 @@ def test_codes_beyond_int8_are_emulated() -> None:
 @pytest.mark.parametrize("limit", [1, 7, 64, 1000])
 def test_long_sums_are_split_before_float32_rounds(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     a, b = codes(5, 200, low=-64, high=64), codes(200, 6, low=0, high=15)
-    monkeypatch.setattr(products, "_FLOAT32_TERMS", limit)
+    monkeypatch.setattr(products, "FLOAT32_TERMS", limit)
     assert torch.equal(code_product(a, b, native=False).double(), oracle(a, b))
 
 
@@ -52,10 +52,10 @@ def test_long_sums_are_split_before_float32_rounds(monkeypatch: pytest.MonkeyPat
 def test_the_longest_sum_is_exact_for_any_codes(dtype: torch.dtype, native: bool) -> None:
     """Full scale on both sides, one term more than a sum holds, and one that shows any rounding."""
     lowest = torch.iinfo(dtype).min
-    assert products._FLOAT32_TERMS * products.INT8_TERM <= 2**24
-    assert products._INT32_TERMS * products.INT8_TERM < 2**31
+    assert products.FLOAT32_TERMS * products.INT8_TERM <= 2**24
+    assert products.INT32_TERMS * products.INT8_TERM < 2**31
     assert products._OTHER_TERMS * 2**30 <= 2**53
-    for terms in (products._FLOAT32_TERMS, products._INT32_TERMS, 3 * products._INT32_TERMS, products._OTHER_TERMS):
+    for terms in (products.FLOAT32_TERMS, products.INT32_TERMS, 3 * products.INT32_TERMS, products._OTHER_TERMS):
         a, b = torch.full((1, terms + 2), lowest, dtype=dtype), torch.full((terms + 2, 1), lowest, dtype=dtype)
         b[-1] = a[0, -1] = 1
         exact = (terms + 1) * lowest**2 + 1
@@ -72,16 +72,16 @@ def test_long_sums_are_split_before_int32_overflows(monkeypatch: pytest.MonkeyPa
     a = Codes(codes(5, 100, low=-64, high=64), torch.tensor(0.25))
     b, bias = Codes(codes(100, 6), torch.tensor(0.5)), torch.arange(6.0)
     expected = oracle(a.codes, b.codes) * 0.125 + bias.double()
-    for name in ("_INT32_TERMS", "_FLOAT32_TERMS"):
+    for name in ("INT32_TERMS", "FLOAT32_TERMS"):
         monkeypatch.setattr(products, name, limit)
     longest = []
-    original = products._product
+    original = products.single_product
 
     def watched(left: Tensor, right: Tensor, native: bool) -> tuple[Tensor, bool]:
         longest.append(left.shape[1])
         return original(left, right, native)
 
-    monkeypatch.setattr(products, "_product", watched)
+    monkeypatch.setattr(products, "single_product", watched)
     found = scaled_product(a, b, native=native, bias=bias)
     assert torch.equal(found.double(), expected)
     assert max(longest) <= limit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import hypothesis.strategies as st
 import pytest
@@ -12,23 +11,10 @@ from hypothesis import given
 from torch import Tensor
 
 from lightning_eff.functional.numerics import lognormal as plain
-from lightning_eff.kernels import build
 from lightning_eff.kernels import pruning as compiled
 from tests.bounds import lognormal
-from tests.harness import keep_globals
 
-
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
-    if build.library() is None:
-        pytest.skip("no compiled kernels here")
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with keep_globals():
-        torch.set_num_threads(request.param)
-        yield request.param
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 
 def check(x: Tensor, tau: float | Tensor, seed: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,25 +12,13 @@ from hypothesis import given
 
 from lightning_eff import functional
 from lightning_eff.functional.numerics.sawb import COEFFICIENTS, FLAT, Unsigned
-from lightning_eff.kernels import build, quantize
+from lightning_eff.kernels import compiler, quantize
 from tests.bounds import lognormal
-from tests.harness import keep_globals
+
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 SIZES = (0, 1, 2, 3, 63, 2047, 2048, 2049, 4097, 32767, 32768, 32769, 100_003)  # blocks of 2048, threads from 32768
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
-    if build.library() is None:
-        pytest.skip("no compiled kernels here")
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with keep_globals():
-        torch.set_num_threads(request.param)
-        yield request.param
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -161,7 +148,7 @@ def test_scales_of_awkward_tensors(unsigned: Unsigned, make: Any) -> None:
 
 
 def test_the_two_versions_agree_on_what_is_flat() -> None:
-    assert f"FLAT = {FLAT};" in next(s for s in build.SOURCES if s.name == "quantize.cpp").read_text()
+    assert f"FLAT = {FLAT};" in next(s for s in compiler.SOURCES if s.name == "quantize.cpp").read_text()
 
 
 @pytest.mark.parametrize("unsigned", [False, "mirror5", "reference"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import hypothesis.strategies as st
 import pytest
@@ -14,28 +13,15 @@ from torch import Tensor
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.codes import Codes
 from lightning_eff.functional.numerics.dfp16 import dfp_codes
-from lightning_eff.functional.numerics.flexpoint import Rounding, flex_quantize, integer_codes, round_to_scale
-from lightning_eff.kernels import build
+from lightning_eff.functional.numerics.flexpoint import IntegerRounding, flex_quantize, integer_codes, round_to_scale
 from lightning_eff.kernels.shared_exponent import dfp_encode, integer_encode, round_to_scale_
 from tests.bounds import lognormal
-from tests.harness import keep_globals
+
+pytestmark = pytest.mark.usefixtures("compiled_kernels")
 
 SIZES = (0, 1, 2047, 2048, 2049, 40_000)
-ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
+ROUNDINGS: tuple[IntegerRounding, ...] = ("nearest", "stochastic")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
-    if build.library() is None:
-        pytest.skip("no compiled kernels here")
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with keep_globals():
-        torch.set_num_threads(request.param)
-        yield request.param
 
 
 @pytest.fixture
@@ -83,7 +69,7 @@ def test_sizes_dtypes_and_threads(size: int, dtype: torch.dtype, symmetric: bool
     rounding=st.sampled_from(ROUNDINGS),
 )
 def test_any_float32_is_rounded_alike(
-    seed: int, exponent: int, offset: int, bits: int, symmetric: bool, rounding: Rounding
+    seed: int, exponent: int, offset: int, bits: int, symmetric: bool, rounding: IntegerRounding
 ) -> None:
     generator = torch.Generator().manual_seed(seed % 2**63)
     x = torch.randn(300, generator=generator, dtype=torch.float64).mul(2.0**exponent).float()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_eff.precision.formats import config
+from lightning_eff.precision.formats import fp8
 
 
 @pytest.fixture(autouse=True)
 def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """FP8 converts layers of any size."""
-    monkeypatch.setattr(config, "SLOW_FEATURES", 0)
+    monkeypatch.setattr(fp8, "SLOW_FEATURES", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,7 @@ CALLBACKS = [
     Subject("feedback", "GradientPruning", {"sparsity": 0.6, "warmup_steps": 0, "feedback": True}),
     Subject("statistics", "GradientStatistics", {"every_n_steps": 2}),
     Subject("low_precision", "LowPrecision", {"method": "luq4", "options": {"hindsight": 0.5}}),
+    Subject("non_finite_guard", "NonFiniteGuard", {"on_nonfinite": "skip"}),
     Subject("fine_tuning", "LUQFineTuning", {"steps": 2}, "luq4"),
 ]
 SUBJECTS = PRECISIONS + CALLBACKS

@@ -201,7 +201,7 @@ def test_two_models_with_equal_names_in_one_fabric() -> None:
         fabric.backward(model(torch.ones(2, 4) * size).sum())
         optimizer.step()
     plugin = fabric._precision
-    memories = [state.memories["input"].estimate.max_abs for state in plugin.states().values()]
+    memories = [state.histories["input"].estimate.max_abs for state in plugin.states().values()]
     assert len(memories) == 2
     assert memories[1] > 10 * memories[0] > 0
     STEPS.remove(plugin)

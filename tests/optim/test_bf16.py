@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,61 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
-from lightning_eff.functional.numerics.bf16 import join_fp32
 from lightning_eff.optim import UPDATES, bf16_updates
-from lightning_eff.optim.bf16.wrapper import ShadowedOptimizer
-
-Make = Callable[[Any], Optimizer]
-
-OPTIMIZERS: dict[str, Make] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
-    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "sgd-foreach": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, foreach=True),
-    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
-    "adam-amsgrad": lambda p: torch.optim.Adam(p, lr=1e-3, amsgrad=True, weight_decay=0.1),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
-    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-3, foreach=True),
-    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-    "sgd-fused": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, fused=True),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
-    "adagrad-start": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=0.1),
-    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
-    "adamax": lambda p: torch.optim.Adamax(p, lr=1e-3),
-    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-3),
-    "radam": lambda p: torch.optim.RAdam(p, lr=1e-3),
-    "asgd": lambda p: torch.optim.ASGD(p, lr=1e-2),
-    "rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
-}
-if hasattr(torch.optim, "Adafactor"):
-    OPTIMIZERS["adafactor"] = lambda p: torch.optim.Adafactor(p, lr=1e-2)
-if hasattr(torch.optim, "Muon"):
-    OPTIMIZERS["muon"] = lambda p: torch.optim.Muon(p, lr=1e-2)
-
-every_update = pytest.mark.parametrize("update", UPDATES)
-
-
-def weights(dtype: torch.dtype = torch.bfloat16, shapes: Any = ((5, 7), (9, 3))) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(1)
-    values = [torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes]
-    return [nn.Parameter(value.to(dtype)) for value in values]
-
-
-def gradients(steps: int, shapes: Any = ((5, 7), (9, 3))) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(2)
-    return [[torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes] for _ in range(steps)]
-
-
-def train(optimizer: Optimizer, params: list[nn.Parameter], grads: list[list[Tensor]]) -> None:
-    for step in grads:
-        for p, grad in zip(params, step, strict=True):
-            p.grad = grad.to(p.dtype)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def wide(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
-    return join_fp32(p, optimizer.state[p]["lo"])
+from lightning_eff.optim.bf16.shadows import steps_by_itself
+from tests.optim.optimizers import OPTIMIZERS, Make, every_update, gradients, train, weights, wide
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -128,17 +72,18 @@ def test_updating_in_parts_changes_nothing(name: str, monkeypatch: pytest.Monkey
     """torch's optimizers are run over a few parameters at a time; a subclass of the user's over all at once."""
     shapes, ends = ((5, 7), (9, 3), (2, 2), (40, 3), (1, 1)), []
     for part in (1, 40, 1 << 20):
-        monkeypatch.setattr("lightning_eff.optim.bf16.wrapper._PART", part)
+        monkeypatch.setattr("lightning_eff.optim.bf16.shadows.PART", part)
         params = weights(shapes=shapes)
         optimizer = bf16_updates(OPTIMIZERS[name](params))
         train(optimizer, params, gradients(10, shapes))
         ends.append([wide(optimizer, p) for p in params])
     made = OPTIMIZERS[name](params := weights(shapes=shapes))
-    made.__class__ = type("Users", (type(made),), {"__module__": "users.code"})
+    users = type("Users", (type(made),), {"__module__": "users.code"})
+    made.__class__ = users
     optimizer = bf16_updates(made)
     train(optimizer, params, gradients(10, shapes))
     ends.append([wide(optimizer, p) for p in params])
-    assert optimizer._by_itself is False
+    assert not steps_by_itself(users)
     for end in ends[1:]:
         assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
 
@@ -278,87 +223,6 @@ def test_groups_hooks_and_added_groups(update: Any) -> None:
         assert torch.allclose(amount, torch.full((4,), expected), atol=0.07)
     assert torch.equal(moved[1], torch.zeros(4))
     assert [p is a for p in seen] == [True, True]
-
-
-def resume(name: str, update: Any, *, cut: int, drop: str | None = None) -> tuple[list[Tensor], list[Tensor], Any]:
-    """Weights of the whole run, and of one that went through a file after ``cut`` steps."""
-    make, grads = OPTIMIZERS[name], gradients(12)
-    whole, first, second = weights(), weights(), weights()
-    train(bf16_updates(make(whole), update=update, seed=7), whole, grads)
-    optimizer = bf16_updates(make(first), update=update, seed=7)
-    train(optimizer, first, grads[:cut])
-    file = io.BytesIO()
-    torch.save({"weights": [p.detach() for p in first], "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    for state in saved["optimizer"]["state"].values():
-        state.pop(drop, None)
-    if drop in saved["optimizer"]["bf16"]:
-        saved["optimizer"]["bf16"][drop] = 0
-    for p, value in zip(second, saved["weights"], strict=True):
-        p.data.copy_(value)
-    continued = bf16_updates(make(second), update=update, seed=8)
-    continued.load_state_dict(saved["optimizer"])
-    train(continued, second, grads[cut:])
-    return [p.detach() for p in whole], [p.detach() for p in second], saved["optimizer"]
-
-
-@every_update
-@pytest.mark.parametrize("name", ["sgd", "sgd-momentum", "adamw", "adamw-fused", "adagrad", "nadam"])
-@pytest.mark.parametrize("cut", [1, 5])
-def test_a_run_continues_from_a_file_to_the_same_bits(name: str, update: Any, cut: int) -> None:
-    whole, continued, saved = resume(name, update, cut=cut)
-    assert all(torch.equal(p, q) for p, q in zip(whole, continued, strict=True))
-    streams = {"streams": [0, 1]} if update == "sr" else {}
-    assert saved["bf16"] == {"update": update, "seed": 7, "steps": cut, **streams}
-
-
-@pytest.mark.parametrize(
-    ("update", "drop"), [("split", "lo"), ("kahan", "compensation"), ("sr", "seed"), ("sr", "steps")]
-)
-def test_each_part_of_the_state_is_needed(update: Any, drop: str) -> None:
-    """Negative control: with one key lost the comparison above sees a difference."""
-    whole, continued, _ = resume("sgd", update, cut=5, drop=drop)
-    assert not all(torch.equal(p, q) for p, q in zip(whole, continued, strict=True))
-
-
-@every_update
-def test_plain_states_load_and_ours_load_plainly(update: Any) -> None:
-    plain, ours, grads = weights(), weights(), gradients(6)
-    before = torch.optim.AdamW(plain, lr=1e-3)
-    train(before, plain, grads[:3])
-    after = bf16_updates(torch.optim.AdamW(ours, lr=1e-3), update=update)
-    after.load_state_dict(copy.deepcopy(before.state_dict()))
-    assert all(state["exp_avg"].dtype is torch.float32 for state in after.state.values())
-    assert all(state["step"] == 3 for state in after.state.values())
-    train(after, ours, grads[3:])
-    before.load_state_dict(copy.deepcopy(after.state_dict()))
-    train(before, plain, grads)
-
-
-def test_another_update_takes_over_as_far_as_it_goes() -> None:
-    ours, grads = weights(), gradients(3)
-    split = bf16_updates(torch.optim.AdamW(ours, lr=1e-3), update="split")
-    train(split, ours, grads)
-    kahan = bf16_updates(torch.optim.AdamW(ours, lr=1e-3), update="kahan")
-    kahan.load_state_dict(copy.deepcopy(split.state_dict()))
-    assert all("lo" not in state and state["step"] == 3 for state in kahan.state.values())
-    train(kahan, ours, grads)
-    assert all(state["compensation"].dtype is torch.bfloat16 for state in kahan.state.values())
-
-
-@every_update
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_copies_train_on(update: Any, duplicate: Any) -> None:
-    params, grads = weights(), gradients(8)
-    optimizer = bf16_updates(torch.optim.AdamW(params, lr=1e-3), update=update, seed=4)
-    train(optimizer, params, grads[:4])
-    other = duplicate(optimizer)
-    train(optimizer, params, grads[4:])
-    copied = other.param_groups[0]["params"]
-    train(other, copied, grads[4:])
-    assert isinstance(other, ShadowedOptimizer)
-    assert all(torch.equal(p, q) for p, q in zip(params, copied, strict=True))
 
 
 def test_sr_depends_on_seed_step_and_place_alone() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_eff.kernels import build
 from lightning_eff.optim import UPDATES, bf16_updates
-from lightning_eff.optim.bf16 import wrapper as module
+from lightning_eff.optim.bf16 import sgd, wrapper
 
 SHAPES = ((70, 50), (9,), (1, 1), (3000, 11))
 
@@ -40,8 +40,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         done.append(original(*args, **kwargs))
         return done[-1]
 
-    original = module.sgd_step
-    monkeypatch.setattr(module, "sgd_step", watched)
+    original = sgd.sgd_step
+    monkeypatch.setattr(sgd, "sgd_step", watched)
     return done
 
 
@@ -50,12 +50,13 @@ def run(update: Any, options: dict[str, Any], *, steps: int = 4, at_once: bool =
     generator = torch.Generator().manual_seed(5)
     params = [nn.Parameter(torch.randn(shape, generator=generator).to(torch.bfloat16)) for shape in SHAPES]
     optimizer = bf16_updates(torch.optim.SGD(params, lr=0.01, **options), update=update, seed=3)
-    if not at_once:
-        optimizer._update_at_once = lambda seeds: set()  # type: ignore[attr-defined]
-    for _ in range(steps):
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).to(torch.bfloat16)
-        optimizer.step()
+    with pytest.MonkeyPatch.context() as patch:
+        if not at_once:
+            patch.setattr(wrapper, "update_at_once", lambda *_: set())
+        for _ in range(steps):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(torch.bfloat16)
+            optimizer.step()
     return [p.detach() for p in params], optimizer.state_dict()["state"]
 
 
@@ -65,6 +66,7 @@ def test_one_pass_has_the_bits_of_shadows(update: Any, options: dict[str, Any], 
     ours, state = run(update, options)
     assert passes == [True] * 4 * len(SHAPES)
     shadowed, expected = run(update, options, at_once=False)
+    assert len(passes) == 4 * len(SHAPES), "the second run was offered none"
     assert all(torch.equal(a, b) for a, b in zip(ours, shadowed, strict=True))
     assert state.keys() == expected.keys()
     for place, values in expected.items():

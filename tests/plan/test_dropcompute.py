@@ -28,7 +28,7 @@ from lightning_eff.plan import main as plan
 from lightning_eff.plan.dropcompute import Row, figure, main, plan_row, simulate, table
 from lightning_eff.plan.timings import BootstrapSource, DelaySource
 from tests.bounds import FALSE_ALARM
-from tests.functional.stragglers.test_model import exact_largest_normal
+from tests.functional.stragglers.quadrature import exact_largest_normal
 
 INF = math.inf
 LOGNORMAL = DelaySource(LognormalDelay(), 12, other_s=0.5)

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.functional.codes import Codes
-from lightning_eff.precision.formats.base import Format, GradCodes, SavedInput, WeightCodes
-from lightning_eff.precision.formats.config import LayerConfig
+from lightning_eff.precision.formats.base import Format, GradCodes, LayerOptions, LayerView, SavedInput, WeightCodes
 from lightning_eff.precision.layers.convert import Conversion, convert
-from lightning_eff.precision.layers.state import LayerState
 
 
 class ExactFormat(Format):
@@ -27,10 +25,10 @@ class ExactFormat(Format):
         values = x.detach().to(torch.float32, copy=True).contiguous()
         return Codes(values, torch.ones((), dtype=torch.float32, device=x.device))
 
-    def encode_weight(self, weight: Tensor, state: LayerState) -> WeightCodes:
+    def encode_weight(self, weight: Tensor, layer: LayerView) -> WeightCodes:
         return WeightCodes(self._codes(weight), self._codes(weight))
 
-    def encode_input(self, x: Tensor, state: LayerState, *, save: bool) -> tuple[Codes, SavedInput | None]:
+    def encode_input(self, x: Tensor, layer: LayerView, *, save: bool) -> tuple[Codes, SavedInput | None]:
         codes = self._codes(x)
         saved = SavedInput(codes.codes.reshape(-1).view(torch.uint8), codes.scale.reshape(1))
         return codes, saved if save else None
@@ -38,16 +36,16 @@ class ExactFormat(Format):
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
         return Codes(saved.packed.view(torch.float32).view(tuple(shape)), saved.scale[0])
 
-    def encode_grad(self, grad: Tensor, state: LayerState) -> GradCodes:
+    def encode_grad(self, grad: Tensor, layer: LayerView) -> GradCodes:
         codes = self._codes(grad)
         return GradCodes(codes, [codes])
 
-    def grad_figures(self, grad: Tensor, codes: Codes, state: LayerState) -> dict[str, Tensor]:
+    def grad_figures(self, grad: Tensor, codes: Codes, layer: LayerView) -> dict[str, Tensor]:
         return {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactConfig(LayerConfig):
+class ExactOptions(LayerOptions):
     """Options of the exact format: every layer is converted."""
 
     exempt_first_last: bool = False
@@ -58,4 +56,4 @@ class ExactConfig(LayerConfig):
 
 def exactly_converted(model: nn.Module) -> Conversion:
     """``model`` with every layer that has a twin converted to the exact format."""
-    return convert(model, ExactConfig())
+    return convert(model, ExactOptions())

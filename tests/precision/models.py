@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.precision.formats.config import LUQConfig
+from lightning_eff.precision.formats.luq import LUQOptions
 from lightning_eff.precision.layers.convert import Conversion, convert
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
-ALL = LUQConfig(exempt_first_last=False)
+ALL = LUQOptions(exempt_first_last=False)
 
 
-def config(**options: Any) -> LUQConfig:
-    return LUQConfig(**{"exempt_first_last": False, **options})
+def every_layer(**options: Any) -> LUQOptions:
+    return LUQOptions(**{"exempt_first_last": False, **options})
 
 
 def converted(model: nn.Module, **options: Any) -> tuple[nn.Module, Conversion]:
     """``model``, its every supported layer converted."""
-    return model, convert(model, config(**options))
+    return model, convert(model, every_layer(**options))
 
 
 def body() -> nn.Sequential:
@@ -75,6 +75,27 @@ def task(root: str = "lightning.pytorch", **hooks: Callable[..., Any]) -> Any:
 
 def loader(batch_size: int = 8) -> torch.utils.data.DataLoader[Any]:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(DATA, TARGET), batch_size=batch_size)
+
+
+class ResumableLoader:
+    """The batches of :func:`loader`, from the one a checkpoint says is next."""
+
+    def __init__(self) -> None:
+        self.batches, self.next = list(loader()), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        for place in range(self.next % len(self.batches), len(self.batches)):
+            self.next = place + 1
+            yield self.batches[place]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next % len(self.batches)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.next = state_dict["next"]
 
 
 def trainer(root: str = "lightning.pytorch", **options: Any) -> Any:

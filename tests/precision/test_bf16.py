@@ -17,8 +17,7 @@ from lightning_eff.errors import ConfigurationError, EffWarning, NoEffectWarning
 from lightning_eff.functional.numerics.bf16 import join_fp32
 from lightning_eff.integration.graft import graft
 from tests.harness import run_ranks
-from tests.precision.models import DATA, NAMESPACES, TARGET, parameters_of, task, trainer
-from tests.precision.test_resume import ResumableLoader
+from tests.precision.models import DATA, NAMESPACES, TARGET, ResumableLoader, parameters_of, task, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 STRINGS = ("bf16-sr", "bf16-kahan", "bf16-split")

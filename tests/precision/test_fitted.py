@@ -14,18 +14,17 @@ from lightning_eff.functional import fp8_quantize
 from lightning_eff.functional.numerics.float_format import FloatFormat, quantize
 from lightning_eff.functional.numerics.lognormal import SHIFT, best_format, lognormal_fit
 from lightning_eff.precision import FittedPrecision
-from lightning_eff.precision.formats.config import FittedConfig
-from lightning_eff.precision.formats.fitted import E2M3, _due
+from lightning_eff.precision.formats.fitted import E2M3, FittedOptions, _due
 from lightning_eff.precision.formats.history import advance
 from lightning_eff.precision.layers.convert import convert
+from tests.precision.closeness import close
 from tests.precision.models import task, trainer
-from tests.precision.test_fp8 import close
 
 CPU = torch.device("cpu")
 
 
 def converted(layer: nn.Module, **options: Any) -> Any:
-    (state,) = convert(nn.Sequential(layer), FittedConfig(exempt_first_last=False, **options)).states.values()
+    (state,) = convert(nn.Sequential(layer), FittedOptions(exempt_first_last=False, **options)).states.values()
     return state
 
 
@@ -40,7 +39,7 @@ def test_the_split_is_the_best_for_the_spread(bits: int, octaves: float, seed: i
     layer = nn.Linear(32, 256, bias=False)
     state = converted(layer, bits=bits)
     layer(torch.randn(256, 32)).backward(lognormal(octaves, 256, 256))
-    chosen, expected = state.memories["grad"].estimate.format, best_format(bits, octaves)
+    chosen, expected = state.histories["grad"].estimate.format, best_format(bits, octaves)
     assert (chosen.exponent_bits, chosen.mantissa_bits) == (expected.exponent_bits, expected.mantissa_bits)
 
 
@@ -89,12 +88,12 @@ def test_the_format_of_a_step_is_that_of_the_fit_before_it(seed: int) -> None:
     splits = []
     for step, octaves in enumerate((0.5, 5.0, 5.0, 5.0, 0.5, 5.0, 5.0)):
         state.step = step
-        before = state.memories["grad"].estimate.format
+        before = state.histories["grad"].estimate.format
         state.encode_grad(lognormal(octaves, 256, 64))
         if step:
-            assert state.memories["grad"].estimate.format == before
-        advance(list(state.memories.values()), CPU)
-        splits.append(state.memories["grad"].estimate.format.exponent_bits)
+            assert state.histories["grad"].estimate.format == before
+        advance(list(state.histories.values()), CPU)
+        splits.append(state.histories["grad"].estimate.format.exponent_bits)
     narrow, wide = best_format(8, 0.5).exponent_bits, best_format(8, 5.0).exponent_bits
     assert splits == [narrow, wide, wide, wide, narrow, narrow, narrow]
 
@@ -103,17 +102,17 @@ def test_zero_gradients_are_no_fit_and_stay_zero() -> None:
     layer = nn.Linear(8, 8)
     state = converted(layer)
     layer(torch.randn(4, 8)).backward(torch.zeros(4, 8))
-    assert not state.memories["grad"].estimate.fitted
+    assert not state.histories["grad"].estimate.fitted
     assert not layer.weight.grad.any()
     layer(torch.randn(4, 8)).backward(torch.ones(4, 8))
-    assert state.memories["grad"].estimate.fitted
+    assert state.histories["grad"].estimate.fitted
 
 
 def test_stochastic_rounding_is_unbiased(seed: int) -> None:
     layer, grad = nn.Linear(8, 16, bias=False), lognormal(1.5, 64, 16)
     state = converted(layer, bits=6, gradient_rounding="stochastic")
     draws = torch.stack([state.encode_grad(grad).to_input.codes.float() for _ in range(2000)])
-    fmt: FloatFormat = state.memories["grad"].estimate.format
+    fmt: FloatFormat = state.histories["grad"].estimate.format
     deviation = draws.double().var(0).sum().sqrt() / 2000**0.5
     assert (draws.double().mean(0) - grad).norm() < 1.5 * deviation
     assert len(draws[:, 0, 0].unique()) <= 2

@@ -13,26 +13,19 @@ from torch.nn import functional as F
 import lightning_eff.pytorch_lightning as standalone
 from lightning_eff.errors import ConfigurationError, NonFiniteGradientError
 from lightning_eff.functional import fp8_quantize
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2
 from lightning_eff.precision import FP8Precision
-from lightning_eff.precision.formats.config import FP8Config
+from lightning_eff.precision.formats.fp8 import FP8Options
 from lightning_eff.precision.layers.convert import convert
+from tests.precision.closeness import close
 from tests.precision.models import parameters_of, task, trainer
 
-CONFIG = FP8Config(exempt_first_last=False, filter_slow=False)
-BF16 = 2.0**-8
-"""Relative rounding of a sum to bfloat16, the one rounding beside the casts."""
+CONFIG = FP8Options(exempt_first_last=False, filter_slow=False)
 
 
 @pytest.fixture(autouse=True)
 def _small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_eff.precision.formats.config.SLOW_FEATURES", 0)
-
-
-def close(ours: torch.Tensor | None, theirs: torch.Tensor, terms: int) -> None:
-    """Equal up to the rounding of the sum to bfloat16 and of its float32 accumulation, relative to its terms."""
-    assert ours is not None
-    assert ((ours - theirs).abs() <= BF16 * theirs.abs() + 1e-6 * terms * theirs.abs().max()).all()
+    monkeypatch.setattr("lightning_eff.precision.formats.fp8.SLOW_FEATURES", 0)
 
 
 def test_linear_products_are_those_of_the_cast_operands(seed: int) -> None:
@@ -40,8 +33,8 @@ def test_linear_products_are_those_of_the_cast_operands(seed: int) -> None:
     convert(layer, CONFIG)
     y, grad = layer(x), torch.randn(20, 32)
     y.backward(grad)
-    xq, wq = fp8_quantize(x.detach(), E4M3), fp8_quantize(layer[0].weight.detach(), E4M3)
-    gq = fp8_quantize(grad, E5M2)
+    xq, wq = fp8_quantize(x.detach(), FP8_E4M3), fp8_quantize(layer[0].weight.detach(), FP8_E4M3)
+    gq = fp8_quantize(grad, FP8_E5M2)
     close(y.detach() - layer[0].bias.detach(), F.linear(xq, wq), 48)
     close(x.grad, gq @ wq, 32)
     close(layer[0].weight.grad, gq.T @ xq, 20)
@@ -55,10 +48,10 @@ def test_convolution_products_are_those_of_the_cast_operands(options: dict[str, 
     y = layer(x)
     grad = torch.randn(y.shape)
     y.backward(grad)
-    xq = fp8_quantize(x.detach(), E4M3).requires_grad_()
-    wq = fp8_quantize(layer[0].weight.detach(), E4M3).requires_grad_()
+    xq = fp8_quantize(x.detach(), FP8_E4M3).requires_grad_()
+    wq = fp8_quantize(layer[0].weight.detach(), FP8_E4M3).requires_grad_()
     expected = F.conv2d(xq, wq, None, **options)
-    expected.backward(fp8_quantize(grad, E5M2))
+    expected.backward(fp8_quantize(grad, FP8_E5M2))
     close(y.detach(), expected.detach(), 72)
     assert xq.grad is not None
     assert wq.grad is not None

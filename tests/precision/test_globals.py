@@ -10,38 +10,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_eff.precision.formats.config import (
-    BF16EmulatedConfig,
-    FittedConfig,
-    FlexpointConfig,
-    FP8Config,
-    IntegerConfig,
-    LayerConfig,
-    LUQConfig,
-)
+from lightning_eff.precision.formats.base import LayerOptions
+from lightning_eff.precision.formats.bf16 import BF16EmulatedOptions
+from lightning_eff.precision.formats.fitted import FittedOptions
+from lightning_eff.precision.formats.fp8 import FP8Options
 from lightning_eff.precision.formats.history import advance
+from lightning_eff.precision.formats.luq import LUQOptions
+from lightning_eff.precision.formats.shared_exponent import DFP16Options, FlexpointOptions
 from lightning_eff.precision.layers.convert import convert
 from lightning_eff.runtime.seeds import SeedStream
 from tests.kernels.worlds import DEVICE, DTYPES, GRADIENTS, MEMORY, PRODUCTS, THREADS, same_everywhere
 
 CPU = torch.device("cpu")
 ALL = {"exempt_first_last": False}
-INTEGERS: dict[str, LayerConfig] = {
-    "luq4": LUQConfig(products="native", **ALL),
-    "luq4 emulated": LUQConfig(products="emulated", samples=2, hindsight=0.9, **ALL),
-    "luq4 levels 8": LUQConfig(levels=8, **ALL),
-    "dfp16": IntegerConfig(products="native"),
-    "dfp16 emulated": IntegerConfig(products="emulated"),
-    "flexpoint16": FlexpointConfig(products="native"),
-    "flexpoint16 emulated": FlexpointConfig(products="emulated"),
+INTEGERS: dict[str, LayerOptions] = {
+    "luq4": LUQOptions(products="native", **ALL),
+    "luq4 emulated": LUQOptions(products="emulated", samples=2, hindsight=0.9, **ALL),
+    "luq4 levels 8": LUQOptions(levels=8, **ALL),
+    "dfp16": DFP16Options(products="native"),
+    "dfp16 emulated": DFP16Options(products="emulated"),
+    "flexpoint16": FlexpointOptions(products="native"),
+    "flexpoint16 emulated": FlexpointOptions(products="emulated"),
 }
-METHODS: dict[str, LayerConfig] = INTEGERS | {
-    "fp8": FP8Config(filter_slow=False, **ALL),
-    "fp8-rowwise": FP8Config(scaling="rowwise", filter_slow=False, **ALL),
-    "fp8-delayed": FP8Config(scaling="delayed", filter_slow=False, **ALL),
-    "fp8-fit": FittedConfig(**ALL),
-    "fp6-fit": FittedConfig(bits=6, gradient_rounding="stochastic", **ALL),
-    "bf16-emulated": BF16EmulatedConfig(),
+METHODS: dict[str, LayerOptions] = INTEGERS | {
+    "fp8": FP8Options(filter_slow=False, **ALL),
+    "fp8-rowwise": FP8Options(scaling="rowwise", filter_slow=False, **ALL),
+    "fp8-delayed": FP8Options(scaling="delayed", filter_slow=False, **ALL),
+    "fp8-fit": FittedOptions(**ALL),
+    "fp6-fit": FittedOptions(bits=6, gradient_rounding="stochastic", **ALL),
+    "bf16-emulated": BF16EmulatedOptions(),
 }
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(130, 70), (300, 130)),
@@ -56,7 +53,7 @@ every_layer = pytest.mark.parametrize("layer", LAYERS)
 
 
 def step_of(
-    config: LayerConfig, name: str, *, steps: int = 2, backward: bool = True, products_alone: bool = False
+    config: LayerOptions, name: str, *, steps: int = 2, backward: bool = True, products_alone: bool = False
 ) -> Callable[[], Any]:
     """Outputs, gradients, figures and what the layer learned, of a few steps with inputs made here and now."""
     make, shape = LAYERS[name]
@@ -82,8 +79,8 @@ def step_of(
                 layer.zero_grad()
                 y.backward(grads[: y.numel()].view(y.shape))
                 results += [x.grad, *(p.grad for p in layer.parameters() if p.dim() > 1 or not products_alone)]
-            memories = [memory for state in conversion.states.values() for memory in state.memories.values()]
-            advance(memories, CPU)
+            histories = [history for state in conversion.states.values() for history in state.histories.values()]
+            advance(histories, CPU)
             for state in conversion.states.values():
                 results.append({} if products_alone else dict(state.metrics))
                 state.invalidate()

@@ -12,31 +12,10 @@ import pytest
 import torch
 
 from lightning_eff.errors import EffWarning
-from tests.precision.models import NAMESPACES, loader, parameters_of, task, trainer
+from tests.precision.models import NAMESPACES, ResumableLoader, parameters_of, task, trainer
 
 CUTS = (1, 5, 8, 11)  # the first step, mid-epoch, epoch end, mid-epoch of the second
 KEY = "LUQPrecision"
-
-
-class ResumableLoader:
-    """The batches of :func:`loader`, from the one a checkpoint says is next."""
-
-    def __init__(self) -> None:
-        self.batches, self.next = list(loader()), 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Any:
-        for place in range(self.next % len(self.batches), len(self.batches)):
-            self.next = place + 1
-            yield self.batches[place]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next % len(self.batches)}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.next = state_dict["next"]
 
 
 def plugin(root: str, **options: Any) -> Any:

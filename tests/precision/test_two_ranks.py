@@ -11,24 +11,8 @@ from torch import nn
 
 from lightning_eff.errors import NonFiniteGradientError
 from tests.harness import run_ranks
-from tests.precision.models import DATA, TARGET, parameters_of, task, trainer
-
-
-def _loader(rank: int, *, same: bool = False) -> Any:
-    """Batches of this rank's half of the data, or of the same data on every rank."""
-    part = slice(0, 32) if same else slice(rank * 32, rank * 32 + 32)
-    data = torch.utils.data.TensorDataset(DATA[part], TARGET[part])
-    return torch.utils.data.DataLoader(data, batch_size=8)
-
-
-def _fit(rank: int, model: Any, *, same: bool = False, seed: int = 3, resume: Any = None, **options: Any) -> Any:
-    from lightning.pytorch.strategies import DDPStrategy
-
-    strategy = DDPStrategy(process_group_backend="gloo")
-    runner = trainer(devices=2, strategy=strategy, use_distributed_sampler=False, **options)
-    torch.manual_seed(seed)
-    runner.fit(model, _loader(rank, same=same), ckpt_path=resume)
-    return runner
+from tests.precision.models import parameters_of, task
+from tests.precision.ranks import fit_on_rank
 
 
 def _replicas(rank: int, world_size: int, precision: str) -> tuple[list[Any], list[int], list[Any]]:
@@ -44,7 +28,7 @@ def _replicas(rank: int, world_size: int, precision: str) -> tuple[list[Any], li
         return loss
 
     model = task(on_before_zero_grad=on_before_zero_grad, training_step=training_step)
-    runner = _fit(rank, model, same=True, precision=precision)
+    runner = fit_on_rank(rank, model, same=True, precision=precision)
     steps.append(parameters_of(model))
     return steps, [runner.precision_plugin.seeds.seed, runner.precision_plugin.seeds.calls], local
 
@@ -84,7 +68,7 @@ def _poisoned(rank: int, world_size: int, at: int) -> tuple[str, bool]:
 
     model = task(training_step=training_step)
     try:
-        _fit(rank, model, precision="luq4")
+        fit_on_rank(rank, model, precision="luq4")
     except NonFiniteGradientError as error:
         return str(error), torch.equal(parameters_of(model), model.before) and type(model.net[2]) is nn.Linear
     return "", False
@@ -111,9 +95,9 @@ def _save_and_resume(rank: int, world_size: int, folder: str, hindsight: float |
                 trainer.save_checkpoint(path)  # on both ranks; rank 0 writes
 
     whole, continued = task(), task()
-    _fit(rank, whole, plugins=[LUQPrecision(hindsight=hindsight)], max_epochs=2, callbacks=[Save()])
+    fit_on_rank(rank, whole, plugins=[LUQPrecision(hindsight=hindsight)], max_epochs=2, callbacks=[Save()])
     plugins = [LUQPrecision(hindsight=hindsight)]
-    _fit(rank, continued, plugins=plugins, max_epochs=2, seed=4, resume=str(path))
+    fit_on_rank(rank, continued, plugins=plugins, max_epochs=2, seed=4, resume=str(path))
     saved = torch.load(path, weights_only=True)["LUQPrecision"]
     return {"equal": torch.equal(parameters_of(whole), parameters_of(continued)), "losses": whole.losses[4:],
             "again": continued.losses, "saved": saved}  # fmt: skip

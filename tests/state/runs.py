@@ -71,6 +71,7 @@ RUNS: dict[str, Run] = {
         lambda: _callback("GradientPruning", 0.5, warmup_steps=1, feedback=True), ("callbacks", "GradientPruning")
     ),
     "gradient_statistics": Run(lambda: _callback("GradientStatistics", 2), ("callbacks", "GradientStatistics")),
+    "non_finite_guard": Run(lambda: _callback("NonFiniteGuard", on_nonfinite="skip"), ("callbacks", "NonFiniteGuard")),
     "luq_fine_tuning": Run(
         lambda: {"precision": "luq4", **_callback("LUQFineTuning", 6)}, ("callbacks", "LUQFineTuning")
     ),

@@ -37,7 +37,7 @@ def loader_of(name: str) -> tuple[Callable[[Any], None], Callable[[], Any]]:
     if "strategy" in options:
         strategy, key = options["strategy"], RUNS[name].path[0]
         strategy._trainer = SimpleNamespace(global_step=0, max_steps=-1)
-        names = ("_steps", "_total", "threshold_s", "_has_measured", "_measuring_until", "_loaded")
+        names = ("_steps", "_tallies", "_search", "_saved")
         return (
             lambda state: strategy.load_optimizer_state_dict({key: state, "optimizer_states": []}),
             lambda: copy.deepcopy({name: getattr(strategy, name, None) for name in names}),

@@ -52,7 +52,7 @@ TAKEN: dict[str, list[str]] = {
     "number": [
         "seed", "luq4/calls", "fp8-fit/calls", "flexpoint16/calls", "0/*/calls", "steps", "computed", "dropped",
         "samples", "in_flight", "start_step", "overflows", "next_fit", "fits", "bias", "correction", "threshold",
-        "threshold_s", "sigma", "sigma_log2", "value", "max_abs", "history/0", "*_lrs/0",
+        "threshold_s", "sigma", "sigma_log2", "value", "max_abs", "history/0", "*_lrs/0", "skipped",
     ],
     "half": [
         "scale", "scales/*", "correction", "threshold", "threshold_s", "sigma", "sigma_log2", "zeros", "value",

@@ -1,6 +1,6 @@
 """A rank is lost wherever Lightning makes ranks meet: every other rank names it, soon. Both strategies, real processes.
 
-The training steps themselves are in ``test_dropcompute_faults.py`` and ``test_pipelined_bp_faults.py``.
+The training steps themselves are in ``dropcompute/test_faults.py`` and ``pipelined_bp/test_faults.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_eff.errors import RankLostError
 from tests.harness import RanksFailedError, run_ranks
 from tests.strategies import models
-from tests.strategies.dropcompute.test_faults import REPORTED_S, TIMEOUT_S, OwnError
+from tests.strategies.faults import REPORTED_S, TIMEOUT_S, OwnError
 from tests.strategies.pipelined_bp import models as pipeline_models
 
 LONG = pytest.mark.long

@@ -13,14 +13,17 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lightning_eff.callbacks.one_run import OneRunMixin
 from lightning_eff.checks import Names
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
 from lightning_eff.integration.graft import check_strategy
 from lightning_eff.methods import MethodInfo
+from lightning_eff.runtime.figures import of_method
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers that have a neural gradient here; subclasses count."""
@@ -85,19 +88,19 @@ class OutputGradients:
 
     def __init__(self, *, first: bool = False) -> None:
         self._first = first
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._layers: dict[str, weakref.ref[nn.Module]] = {}
 
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
+    def __reduce__(self) -> tuple[Callable[[], OutputGradients], tuple[()]]:
         return functools.partial(OutputGradients, first=self._first), ()
 
     @property
     def names(self) -> set[str]:
-        """The layers that were attached last."""
+        """Names of the layers that were attached last."""
         return set(self._layers)
 
     def attach(self, layers: dict[str, nn.Module], on_gradient: OnGradient) -> list[str]:
-        """Begin; whatever was attached before is removed. Return the names that stood for other layers before."""
+        """Watch these layers and no others; return the names that stood for other layers before."""
         self.detach()
         for name, layer in layers.items():
             hook = _Hook(functools.partial(on_gradient, name))
@@ -113,17 +116,44 @@ class OutputGradients:
         self._handles = []
 
 
+class OutputGradientsMixin(OneRunMixin):
+    """Watches the gradients at layers' outputs in a callback, and lets go of them when a run breaks off.
+
+    Args:
+        first: see :class:`OutputGradients`.
+    """
+
+    info: ClassVar[MethodInfo]
+
+    def __init__(self, *, first: bool = False) -> None:
+        super().__init__()
+        self._hooks = OutputGradients(first=first)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what has not been shown to work."""
+        check_trainer(self.info, trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take the hooks off."""
+        self._hooks.detach()
+        super().on_exception(trainer, pl_module, exception)
+
+    def _log(self, pl_module: Any, figures: dict[str, Any]) -> None:
+        """Log figures of the method as the user's own."""
+        pl_module.log_dict(of_method(self.info.name, figures))
+
+
 class _Hook:
-    """The forward hook of one layer; in a copy of the layer it does nothing, and holds nothing of this run."""
+    """Watches the outputs of one layer; in a copy of the layer it does nothing, and holds nothing of this run."""
 
     def __init__(self, on_gradient: Callable[[Tensor], Tensor | None]) -> None:
         self.on_gradient = on_gradient
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(self.on_gradient)
 
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type[_Hook], tuple[Callable[[Tensor], None]]]:
         return _Hook, (_let_pass,)
 
 

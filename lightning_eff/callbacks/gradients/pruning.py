@@ -20,19 +20,17 @@ from torch import Tensor, nn
 from lightning_eff.callbacks.gradients.output_gradients import (
     PATTERNS,
     OutputGradients,
-    check_trainer,
+    OutputGradientsMixin,
     select_layers,
 )
-from lightning_eff.callbacks.one_run import OneRunMixin
 from lightning_eff.checks import Real, Whole, YesNo, check
 from lightning_eff.errors import EffWarning, NoEffectWarning, UnsupportedCombinationError
 from lightning_eff.functional.numerics.lognormal import lognormal_fit, remaining_sparsity, threshold_for
-from lightning_eff.functional.random import GOLDEN, mix64, rank_seed
+from lightning_eff.functional.random import GOLDEN64, MASK64, mix64, rank_seed
 from lightning_eff.kernels.pruning import stochastic_prune
 from lightning_eff.methods import METHODS, MethodInfo
-from lightning_eff.runtime.ranks import has_group
+from lightning_eff.runtime.ranks import has_group, rank, world_size
 
-_MASK64 = (1 << 64) - 1
 _GAIN = 2.0
 """Feedback: octaves (natural) the threshold moves per unit of missing sparsity; dS/d ln(a) is 0.05 to 0.3."""
 _REACH = 7.0
@@ -41,7 +39,7 @@ _REACH = 7.0
 
 @dataclass
 class _Layer:
-    """What is known about one layer; the plain part of the checkpoint."""
+    """Holds what is known about one layer; the plain part of the checkpoint."""
 
     threshold: float = math.nan
     sigma: float = math.nan
@@ -50,7 +48,7 @@ class _Layer:
     calls: int = 0
 
 
-class GradientPruningMixin(OneRunMixin):
+class GradientPruningMixin(OutputGradientsMixin):
     """Prune the gradient at the output of every linear and convolution layer to a share ``sparsity`` of zeros.
 
     Elements below a threshold become zero or the threshold, at random so that their mean is kept: the weight gradients
@@ -92,14 +90,13 @@ class GradientPruningMixin(OneRunMixin):
         refit_every_n_steps: int = 100,
         feedback: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(first=True)
         self.sparsity: float = check("sparsity", sparsity, Real(0, 1, below=True))
         self.layers: tuple[str, ...] = check("layers", layers, PATTERNS)
         self.exclude: tuple[str, ...] = check("exclude", exclude, PATTERNS)
         self.warmup_steps: int = check("warmup_steps", warmup_steps, Whole())
         self.refit_every_n_steps: int = check("refit_every_n_steps", refit_every_n_steps, Whole(1))
         self.feedback: bool = check("feedback", feedback, YesNo())
-        self._hooks = OutputGradients(first=True)
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -108,25 +105,29 @@ class GradientPruningMixin(OneRunMixin):
         self._layers: dict[str, _Layer] = {}
         self._corrections: dict[str, Tensor] = {}
         self._keys: dict[str, int] = {}
-        self._step, self._seen, self._measure, self._pruned = 0, -1, False, 0
+        self._step = 0
+        self._seen = -1
+        self._measure = False
+        self._pruned = 0
         self._zeros: list[Tensor] = []
         self._elements = 0
 
     # ------------------------------------------------------------------------------------------ Lightning's hooks
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what has not been shown to work."""
-        check_trainer(self.info, trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the layers and watch their gradients."""
         if self.sparsity == 0:
             return
         chosen = select_layers(pl_module, self.layers, self.exclude)
-        self._seed = torch.initial_seed() & _MASK64 if self._seed is None else self._seed
+        self._seed = torch.initial_seed() & MASK64 if self._seed is None else self._seed
         self._layers = {name: self._layers.get(name, _Layer()) for name in chosen}
-        self._keys, self._hooks, self._seen = {}, OutputGradients(first=True), -1
-        self._corrections, self._pruned, self._zeros, self._elements = {}, 0, [], 0
+        self._keys = {}
+        self._hooks = OutputGradients(first=True)
+        self._seen = -1
+        self._corrections = {}
+        self._pruned = 0
+        self._zeros = []
+        self._elements = 0
         self._watch(chosen)
 
     def _watch(self, chosen: dict[str, nn.Module]) -> None:
@@ -156,9 +157,9 @@ class GradientPruningMixin(OneRunMixin):
         layers = [layer for name, layer in self._layers.items() if name in self._hooks.names]
         sigmas = [layer.sigma / math.log(2) for layer in layers if math.isfinite(layer.sigma)]
         zeros = torch.stack([count.cpu() for count in self._zeros]).sum()
-        values = {"sparsity": zeros / self._elements, "sigma_log2": sum(sigmas) / max(len(sigmas), 1)}
-        pl_module.log_dict({f"eff/{self.info.name}/{key}": value for key, value in values.items()})
-        self._zeros, self._elements = [], 0
+        self._log(pl_module, {"sparsity": zeros / self._elements, "sigma_log2": sum(sigmas) / max(len(sigmas), 1)})
+        self._zeros = []
+        self._elements = 0
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the hooks off; say so if nothing was pruned."""
@@ -174,7 +175,7 @@ class GradientPruningMixin(OneRunMixin):
             )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, and note how far the feedback has come."""
         self._hooks.detach()
         self._note_corrections()
         super().on_exception(trainer, pl_module, exception)
@@ -227,8 +228,8 @@ class GradientPruningMixin(OneRunMixin):
             self._corrections[name] = correction.clamp(-_REACH, _REACH)
 
     def _next_seed(self, name: str, layer: _Layer) -> int:
-        """A seed from run, layer and call count (splitmix64), different on every rank."""
-        place = (self._keys[name] + 1) * GOLDEN + layer.calls * 0xD1B54A32D192ED03
+        """Return a seed from run, layer and call count (splitmix64), different on every rank."""
+        place = (self._keys[name] + 1) * GOLDEN64 + layer.calls * 0xD1B54A32D192ED03
         return rank_seed(mix64((self._seed or 0) + place))
 
     # ------------------------------------------------------------------------------------------ state
@@ -238,12 +239,12 @@ class GradientPruningMixin(OneRunMixin):
             self._layers[name].correction = float(correction)
 
     def state_dict(self) -> dict[str, Any]:
-        """Thresholds and call counts of every rank, plain numbers; all ranks must ask together, as Lightning does."""
+        """Return thresholds and call counts of every rank; all ranks must ask together, as Lightning does."""
         self._note_corrections()
         own = {name: asdict(layer) for name, layer in self._layers.items()}
         ranks = [own]
         if has_group():
-            ranks = [own] * dist.get_world_size()
+            ranks = [own] * world_size()
             dist.all_gather_object(ranks, own)
         return {"seed": self._seed, "ranks": ranks}
 
@@ -255,9 +256,8 @@ class GradientPruningMixin(OneRunMixin):
         """
         found = self.info.read_state(state_dict)
         ranks = found["ranks"]
-        together = has_group()
-        rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-        if len(ranks) != world and rank == 0:
+        own_rank, world = rank(), world_size()
+        if len(ranks) != world and own_rank == 0:
             warnings.warn(
                 f"GradientPruning: the checkpoint is of {len(ranks)} ranks, this run has {world}. Ranks that were not "
                 "there before prune with the thresholds of rank 0: the resume is not exact.",
@@ -265,6 +265,6 @@ class GradientPruningMixin(OneRunMixin):
                 stacklevel=2,
             )
         self._seed = found["seed"]
-        own = ranks[rank] if rank < len(ranks) else ranks[0]
+        own = ranks[own_rank] if own_rank < len(ranks) else ranks[0]
         self._layers = {name: _Layer(**values) for name, values in own.items()}
         self._corrections = {}

@@ -18,11 +18,9 @@ from torch import Tensor
 
 from lightning_eff.callbacks.gradients.output_gradients import (
     PATTERNS,
-    OutputGradients,
-    check_trainer,
+    OutputGradientsMixin,
     select_layers,
 )
-from lightning_eff.callbacks.one_run import OneRunMixin
 from lightning_eff.checks import Whole, check
 from lightning_eff.errors import NoEffectWarning
 from lightning_eff.functional.numerics.lognormal import BITS, best_format, lognormal_fit, relative_error
@@ -32,14 +30,14 @@ from lightning_eff.runtime.figures import console
 
 @dataclass
 class _Layer:
-    """Sums over the fits of one layer; the plain content of the checkpoint."""
+    """Holds sums over the fits of one layer; the plain content of the checkpoint."""
 
     fits: int = 0
     sigma_log2: float = 0.0
     zeros: float = 0.0
 
 
-class GradientStatisticsMixin(OneRunMixin):
+class GradientStatisticsMixin(OutputGradientsMixin):
     """Measure the spread of every layer's output gradient and recommend a split of ``bits`` into exponent and mantissa.
 
     Every ``every_n_steps`` optimizer steps a lognormal distribution is fitted to the non-zero gradients of each layer
@@ -66,7 +64,6 @@ class GradientStatisticsMixin(OneRunMixin):
         self.every_n_steps: int = check("every_n_steps", every_n_steps, Whole(1))
         self.bits: int = check("bits", bits, BITS)
         self.layers: tuple[str, ...] = check("layers", layers, PATTERNS)
-        self._hooks = OutputGradients()
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -75,13 +72,10 @@ class GradientStatisticsMixin(OneRunMixin):
         self._latest: dict[str, tuple[float, float]] = {}
         self._step = -1
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what has not been shown to work."""
-        check_trainer(self.info, trainer)
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the layers."""
-        self._step, self._latest = -1, {}
+        self._step = -1
+        self._latest = {}
         self._layers = {
             name: self._layers.get(name, _Layer()) for name in select_layers(pl_module, self.layers, exclude=())
         }
@@ -91,7 +85,9 @@ class GradientStatisticsMixin(OneRunMixin):
         step = self._steps()
         if step == self._step and self._latest:  # further micro-batches of a measured step
             return
-        before, self._step, self._latest = self._step if self._step >= 0 else step - 1, step, {}
+        before = self._step if self._step >= 0 else step - 1
+        self._step = step
+        self._latest = {}
         if self._is_due(self.every_n_steps, step, before):
             self._hooks.attach(select_layers(pl_module, self.layers, exclude=(), strict=False), self._on_gradient)
 
@@ -102,7 +98,7 @@ class GradientStatisticsMixin(OneRunMixin):
             sigmas, zeros = zip(*self._latest.values(), strict=True)
             exponents = [best_format(self.bits, sigma).exponent_bits for sigma in sigmas]
             values = {"sigma_log2": _mean(sigmas), "zeros": _mean(zeros), "exponent_bits": _mean(exponents)}
-            pl_module.log_dict({f"eff/{self.info.name}/{key}": value for key, value in values.items()})
+            self._log(pl_module, values)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Print the recommendations."""
@@ -116,13 +112,8 @@ class GradientStatisticsMixin(OneRunMixin):
         elif trainer.is_global_zero:
             console().print(self.table())
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hooks off."""
-        self._hooks.detach()
-        super().on_exception(trainer, pl_module, exception)
-
     def table(self) -> Table:
-        """The recommendation for every layer measured so far."""
+        """Return the recommendation for every layer measured so far."""
         table = Table(title=f"Neural gradients, and the best format of {self.bits} bits", title_justify="left")
         for column in ("layer", "fits", "sigma (octaves)", "zeros", "sign-exponent-mantissa", "relative error"):
             table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
@@ -149,11 +140,15 @@ class GradientStatisticsMixin(OneRunMixin):
             layer.zeros += fit.zero_share
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, plain numbers."""
+        """Return the sums, plain numbers."""
         return {"layers": {name: asdict(layer) for name, layer in self._layers.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the sums; a CheckpointError, and nothing changed, if the state is damaged."""
+        """Continue the sums.
+
+        Raises:
+            CheckpointError: the state is damaged; nothing is changed.
+        """
         found = self.info.read_state(state_dict)
         self._layers = {name: _Layer(**values) for name, values in found["layers"].items()}
 

@@ -8,17 +8,19 @@ change the private methods the strings are attached to.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_eff.checks import Instance, Maybe, Text, check
 from lightning_eff.errors import ConfigurationError
+from lightning_eff.integration.bases import CallbackBase
 from lightning_eff.integration.graft import check_options, check_strategy, graft
 from lightning_eff.integration.names import Request, parse_precision, precision_method
+from lightning_eff.methods import METHODS, MethodInfo
 
 __all__ = ["LowPrecisionMixin"]
 
 
-class LowPrecisionMixin:
+class LowPrecisionMixin(CallbackBase):
     """Put a low-precision method onto the precision plugin that the Trainer has chosen.
 
     ``Trainer(precision="bf16-mixed", callbacks=[LowPrecision("luq4")])`` is ``Trainer(precision="luq4+bf16-mixed")``.
@@ -35,6 +37,8 @@ class LowPrecisionMixin:
             other options.
     """
 
+    info: ClassVar[MethodInfo] = METHODS["low_precision"]
+
     def __init__(self, method: str = "luq4", options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.method: str = check("method", method, Text("the name of a precision method"))
@@ -44,7 +48,7 @@ class LowPrecisionMixin:
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Graft the method before Lightning converts the model."""
-        super().setup(trainer, pl_module, stage)  # type: ignore[misc]
+        super().setup(trainer, pl_module, stage)
         plugin = trainer.strategy.precision_plugin
         check_strategy(self._request.info, trainer.strategy)
         if self._request.base not in (None, str(plugin.precision)):

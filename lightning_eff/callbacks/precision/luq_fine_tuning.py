@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
@@ -20,25 +20,15 @@ from lightning_eff.callbacks.one_run import OneRunMixin
 from lightning_eff.checks import Maybe, Real, Whole, check
 from lightning_eff.errors import ConfigurationError, EffWarning, UnsupportedCombinationError
 from lightning_eff.functional.numerics.luq import fnt_learning_rate
-from lightning_eff.methods.state import ListOf, Record, read_state
+from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.methods.state import read_state
 from lightning_eff.optim.steps import Closure
-
-
-def _rates_fit(found: dict[str, Any]) -> str:
-    """Learning rates stand for the same parameter groups; before the phase there are no first ones yet."""
-    known, begun = len(found["start_lrs"]) <= len(found["base_lrs"]), found["start_step"] is not None
-    fits = known and (begun or not found["start_lrs"])
-    return "" if fits else "at most as many start_lrs as base_lrs, and a start_step where there are any"
-
-
-_RATES = ListOf(Real(0))
-STATE = Record({"start_step": Maybe(Whole()), "start_lrs": _RATES, "base_lrs": _RATES}, also=_rates_fit)
-"""What is kept in a checkpoint."""
+from lightning_eff.runtime.contracts import FineTuned
 
 
 @dataclass
 class _Group:
-    """What the phase knows of one parameter group."""
+    """Holds what the phase knows of one parameter group."""
 
     base: float
     start: float | None = None
@@ -85,6 +75,8 @@ class LUQFineTuningMixin(OneRunMixin):
     State: ``start_step`` and, for each parameter group, ``start_lrs`` and ``base_lrs``.
     """
 
+    info: ClassVar[MethodInfo] = METHODS["luq_fine_tuning"]
+
     def __init__(self, steps: int, base_lr: float | None = None) -> None:
         super().__init__()
         self.steps: int = check("steps", steps, Whole(1))
@@ -127,15 +119,17 @@ class LUQFineTuningMixin(OneRunMixin):
         self._keep_lists()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """See where the run ends now. In the phase: switch the plugin over, once, and set the learning rates."""
+        """Find out where the run ends now; in the phase switch the plugin over, once, and set the learning rates."""
         self._note_groups(trainer)
         done, left = _place(trainer, batch_idx)
         self._move_to(max(done + left - self.steps, 0), done, trainer)
         in_phase = self._start_step is not None and done >= self._start_step
         self._step = min(done - (self._start_step or 0), self.steps) if in_phase else None
-        plugin = trainer.precision_plugin
-        if in_phase != plugin.weights_only:
-            (plugin.begin_fine_tuning if in_phase else plugin.end_fine_tuning)()
+        plugin: FineTuned = trainer.precision_plugin
+        if in_phase and not plugin.weights_only:
+            plugin.begin_fine_tuning()
+        elif plugin.weights_only and not in_phase:
+            plugin.end_fine_tuning()
         self._override(trainer)
         self._keep_lists()
 
@@ -182,7 +176,7 @@ class LUQFineTuningMixin(OneRunMixin):
         self._groups = {key: self._groups.get(key) or self._new(group) for key, group in _param_groups(trainer)}
 
     def _keep_lists(self) -> None:
-        """What a checkpoint holds, in the order of the groups."""
+        """List what a checkpoint holds, in the order of the groups."""
         self._base_lrs = [known.base for known in self._groups.values()]
         starts = [known.start for known in self._groups.values()]
         self._start_lrs = [start for start in starts if start is not None]
@@ -203,18 +197,22 @@ class LUQFineTuningMixin(OneRunMixin):
     # ------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """The phase's place in the run, for resume."""
+        """Return the phase's place in the run, for resume."""
         return {"start_step": self._start_step, "start_lrs": self._start_lrs, "base_lrs": self._base_lrs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the checkpoint was made; a CheckpointError, and nothing changed, if the state is damaged."""
-        remove = "del checkpoint['callbacks']['LUQFineTuning']"
-        found = read_state(STATE, state_dict, of="LUQFineTuning", remove=remove)
-        self._start_step, self._start_lrs, self._base_lrs = (found[key] for key in STATE.keys)
+        """Continue where the checkpoint was made.
+
+        Raises:
+            CheckpointError: the state is damaged; nothing is changed.
+        """
+        info = self.info
+        found = read_state(info.state, state_dict, of=info.class_name, remove=info.remove_state)
+        self._start_step, self._start_lrs, self._base_lrs = (found[key] for key in info.state_keys)
 
 
 def _param_groups(trainer: Any, only: Optimizer | None = None) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """Every parameter group of the Trainer's optimizers, with what it is known by: optimizer and first parameter."""
+    """Yield every parameter group of the Trainer's optimizers, known by optimizer and first parameter."""
     for place, optimizer in enumerate(() if trainer is None else trainer.optimizers):
         if only is None or only is optimizer:
             for group in optimizer.param_groups:
@@ -222,7 +220,7 @@ def _param_groups(trainer: Any, only: Optimizer | None = None) -> Iterator[tuple
 
 
 def _place(trainer: Any, batch_idx: int) -> tuple[int, float]:
-    """Optimizer steps done and left, from what is set now; in manual optimization batches, if epochs end the run."""
+    """Return the steps done and left, from what is set now; in manual optimization batches, if epochs end the run."""
     manual = not trainer.lightning_module.automatic_optimization
     micro_batches = 1 if manual else trainer.accumulate_grad_batches
     done, left = int(trainer.global_step), math.inf

@@ -145,7 +145,7 @@ def split_fp32(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join_fp32(hi: Tensor, lo: Tensor) -> Tensor:
-    """The float32 tensor that :func:`split_fp32` took apart.
+    """Return the float32 tensor that :func:`split_fp32` took apart.
 
     Args:
         hi: bfloat16.

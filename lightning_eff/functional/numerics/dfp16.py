@@ -187,7 +187,7 @@ def int32_overflows(a: Tensor, b: Tensor, *, chain: int) -> int:
 
 
 def dfp_product(a: Codes, b: Codes, *, chain: int) -> Tensor:
-    """Matrix product of codes with exact integer sums per chain and a float32 sum over the chains.
+    """Multiply matrices of codes with exact integer sums per chain and a float32 sum over the chains.
 
     The reference for faster products; sums that int32 could not hold are exact here, see :func:`int32_overflows`.
 

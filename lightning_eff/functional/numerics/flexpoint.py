@@ -40,8 +40,8 @@ from lightning_eff.functional.codes import TINY, Codes
 from lightning_eff.functional.random import draw_seed, uniform
 from lightning_eff.methods.state import AUTOFLEX, read_estimate
 
-Rounding = Literal["nearest", "stochastic"]
-BITS, ROUNDING = Whole(4, 16), Choice(*get_args(Rounding))
+IntegerRounding = Literal["nearest", "stochastic"]
+BITS, ROUNDING = Whole(4, 16), Choice(*get_args(IntegerRounding))
 ALPHA, BETA, GAMMA = Real(0, 2.0**16, above=True), Real(0, 2.0**16), Real(0, 2.0**31, above=True)
 """Beyond the whole range of 16 bits no tensor would have a code but zero."""
 LENGTH = Whole(1, 1_024, "the paper's is 16; all of it is kept, saved, and gone through at every write")
@@ -67,7 +67,7 @@ def integer_codes(
     *,
     bits: int = 16,
     symmetric: bool = False,
-    rounding: Rounding = "nearest",
+    rounding: IntegerRounding = "nearest",
     seed: int | None = None,
 ) -> Codes:
     """Round to integers in units of a given scale, saturating: what both shared-exponent formats store.
@@ -135,7 +135,7 @@ def flex_codes(
     scale: Tensor | float,
     *,
     bits: int = 16,
-    rounding: Rounding = "nearest",
+    rounding: IntegerRounding = "nearest",
     seed: int | None = None,
 ) -> Codes:
     """Quantise to flexN with a scale known beforehand; what lies beyond the range saturates.
@@ -173,7 +173,7 @@ def flex_quantize(
     scale: Tensor | float,
     *,
     bits: int = 16,
-    rounding: Rounding = "nearest",
+    rounding: IntegerRounding = "nearest",
     seed: int | None = None,
 ) -> Tensor:
     """Quantise and dequantise: the values of :func:`flex_codes`, in the dtype of ``x``; all NaN for a broken tensor.
@@ -189,7 +189,7 @@ def flex_quantize(
 
 
 def autoflex_round(max_abs: float, scale: float, *, bits: int = 16) -> tuple[float, bool]:
-    """One round of the initialisation: the next scale, and whether it is final.
+    """Do one round of the initialisation: return the next scale, and whether it is final.
 
     Args:
         max_abs: largest magnitude of the tensor.
@@ -208,7 +208,7 @@ def autoflex_round(max_abs: float, scale: float, *, bits: int = 16) -> tuple[flo
 
 
 def autoflex_init(max_abs: float, *, bits: int = 16) -> float:
-    """Scale of a tensor that has no history, found in a few rounds of trying one.
+    """Find the scale of a tensor that has no history in a few rounds of trying one.
 
     The rounds depend on the tensor through its maximum alone, so that one pass over it is enough.
 
@@ -240,7 +240,7 @@ def autoflex_init(max_abs: float, *, bits: int = 16) -> float:
 
 
 def predicted_max(history: Sequence[float], scale: float, *, alpha: float, beta: float, gamma: float) -> float:
-    """Chi, the largest magnitude to expect of the next write: ``alpha * (max + beta * std + gamma * scale)``.
+    """Return chi, the largest magnitude to expect of the next write: ``alpha * (max + beta * std + gamma * scale)``.
 
     Args:
         history: f, the largest magnitudes of the writes before; at least one.
@@ -351,7 +351,7 @@ class Autoflex:
         return overflow
 
     def state_dict(self) -> dict[str, Any]:
-        """Scale, history and counters as plain numbers; what :meth:`load_state_dict` continues from exactly."""
+        """Return scale, history and counters as plain numbers; :meth:`load_state_dict` continues from them exactly."""
         return {
             "scale": self.scale,
             "history": list(self.history),

@@ -34,7 +34,7 @@ from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.random import draw_seed, uniform
 
 Special = Literal["none", "fn", "ieee"]
-Rounding = Literal["nearest", "stochastic"]
+FloatRounding = Literal["nearest", "stochastic"]
 Infinity = Literal["propagate", "saturate"]
 _RULES: dict[str, Rule] = {
     "exponent_bits": Whole(0, 7),
@@ -42,7 +42,7 @@ _RULES: dict[str, Rule] = {
     "bias": Maybe(Whole(-1000, 1000)),
     "special": Choice(*get_args(Special)),
 }
-ROUNDING, INFINITY = Choice(*get_args(Rounding)), Choice(*get_args(Infinity))
+ROUNDING, INFINITY = Choice(*get_args(FloatRounding)), Choice(*get_args(Infinity))
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -141,7 +141,7 @@ class FloatFormat:
         return torch.cat([-half[1:].flip(0), half])
 
     def scaled(self, octaves: int) -> FloatFormat:
-        """The format whose values are 2^octaves times these, as far as float32 allows; special codes are kept.
+        """Return the format whose values are 2^octaves times these, as far as float32 allows; special codes are kept.
 
         Example:
             >>> FloatFormat(3, 2).max, FloatFormat(3, 2).scaled(-4).max
@@ -185,7 +185,7 @@ def _exponent_part(a: Tensor) -> Tensor:
     return (a.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
-def _rounded(x: Tensor, fmt: FloatFormat, rounding: Rounding, seed: int | None) -> tuple[Tensor, Tensor]:
+def _rounded(x: Tensor, fmt: FloatFormat, rounding: FloatRounding, seed: int | None) -> tuple[Tensor, Tensor]:
     """Return ``round(y)`` and ``2^max(floor(log2 |x|), 1 - bias)``; saturated, NaN where x is NaN."""
     a = x.abs().clamp(max=fmt.max)
     power = _exponent_part(a).clamp(min=fmt.min_normal)
@@ -201,7 +201,7 @@ def quantize(
     x: Tensor,
     fmt: FloatFormat,
     *,
-    rounding: Rounding = "nearest",
+    rounding: FloatRounding = "nearest",
     seed: int | None = None,
     infinity: Infinity = "propagate",
     dtype: torch.dtype | None = None,
@@ -241,7 +241,7 @@ def encode(
     x: Tensor,
     fmt: FloatFormat,
     *,
-    rounding: Rounding = "nearest",
+    rounding: FloatRounding = "nearest",
     seed: int | None = None,
     infinity: Infinity = "propagate",
 ) -> Tensor:
@@ -282,7 +282,7 @@ def encode(
 
 
 def unencodable(fmt: FloatFormat) -> ConfigurationError:
-    """The error for a NaN or Inf that ``fmt`` has no code for."""
+    """Return the error for a NaN or Inf that ``fmt`` has no code for."""
     return ConfigurationError(
         f"The tensor holds NaN or Inf and E{fmt.exponent_bits}M{fmt.mantissa_bits} with special='none' has no code for "
         f"it; use special='fn', or infinity='saturate' if only Inf is expected."

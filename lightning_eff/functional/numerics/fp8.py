@@ -29,8 +29,8 @@ from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.codes import Codes
 from lightning_eff.methods.state import DELAYED, read_estimate
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-LARGEST: dict[torch.dtype, float] = {E4M3: 448.0, E5M2: 57344.0}
+FP8_E4M3, FP8_E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST: dict[torch.dtype, float] = {FP8_E4M3: 448.0, FP8_E5M2: 57344.0}
 """Largest finite value of each format."""
 HISTORY = Whole(1, 16_384, "sixteen times the default of Transformer Engine; all of it is kept and saved")
 MARGIN = Whole(-8, 8)
@@ -61,7 +61,7 @@ def fp8_scale(max_abs: Tensor, dtype: torch.dtype, *, power_of_two: bool = False
 
 def fp8_codes(
     x: Tensor,
-    dtype: torch.dtype = E4M3,
+    dtype: torch.dtype = FP8_E4M3,
     *,
     power_of_two: bool = False,
     dim: int | None = None,
@@ -99,13 +99,15 @@ def fp8_codes(
 
 
 def largest_along(x: Tensor, dim: int | None = None) -> Tensor:
-    """Largest magnitude of ``x`` (0-d), or of each slice along ``dim`` (which stays, with size 1); 0 where empty."""
+    """Return the largest magnitude of ``x`` (0-d), or of each slice along ``dim`` (kept, of size 1); 0 if empty."""
     if dim is None:
         return x.abs().max() if x.numel() else x.new_zeros(())
     return x.abs().amax(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
 
 
-def fp8_quantize(x: Tensor, dtype: torch.dtype = E4M3, *, power_of_two: bool = False, dim: int | None = None) -> Tensor:
+def fp8_quantize(
+    x: Tensor, dtype: torch.dtype = FP8_E4M3, *, power_of_two: bool = False, dim: int | None = None
+) -> Tensor:
     """Quantise and dequantise: the values an FP8 product sees, in the dtype of ``x``.
 
     Args:
@@ -154,7 +156,7 @@ class DelayedScale:
             self.max_abs = max(self._seen) * 2.0**self.margin or self.max_abs
 
     def state_dict(self) -> dict[str, Any]:
-        """The history and the estimate."""
+        """Return the history and the estimate."""
         return {"history": list(self._seen), "max_abs": self.max_abs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

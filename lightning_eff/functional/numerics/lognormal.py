@@ -101,7 +101,7 @@ def _deviation(sigma: float) -> float:
 
 
 def sparsity_of(a: float, sigma: float) -> float:
-    """Expected share of zeros after pruning at the normalised threshold ``a`` (section 4, equation of the sparsity).
+    """Return the expected share of zeros after pruning at the normalised threshold ``a`` (section 4).
 
         S(a) = Phi(ln a / sigma) - e^(sigma^2/2) / a * Phi((ln a - sigma^2) / sigma)
 
@@ -124,7 +124,7 @@ def sparsity_of(a: float, sigma: float) -> float:
 
 
 def threshold_for(sparsity: float, sigma: float) -> float:
-    """Normalised threshold ``a`` with ``sparsity_of(a, sigma) = sparsity``, by bisection on ln a; 0 for no sparsity.
+    """Find the normalised threshold ``a`` with ``sparsity_of(a, sigma) = sparsity``, by bisection; 0 for no sparsity.
 
     Args:
         sparsity: wanted share of zeros among the non-zero elements, below 1; 0 and less need no pruning.
@@ -155,7 +155,7 @@ def threshold_for(sparsity: float, sigma: float) -> float:
 
 
 def remaining_sparsity(sparsity: float, zero_share: float) -> float:
-    """Sparsity S' to reach among the non-zero elements: ``(S - s0) / (1 - s0)``; 0 if there are enough zeros."""
+    """Return the sparsity S' to reach among non-zero elements: ``(S - s0) / (1 - s0)``; 0 if there are enough zeros."""
     return 0.0 if zero_share >= sparsity else (sparsity - zero_share) / (1 - zero_share)
 
 
@@ -186,14 +186,14 @@ def stochastic_prune(x: Tensor, threshold: float | Tensor, seed: int | None = No
 
 
 def threshold_of(threshold: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The 0-d threshold that elements of ``dtype`` are compared with; a number is rounded to float32 before."""
+    """Return the 0-d threshold that elements of ``dtype`` are compared with; a number is rounded to float32 before."""
     if not isinstance(threshold, Tensor):
         threshold = torch.tensor(threshold, dtype=torch.float32, device=device)
     return threshold.to(device, dtype)
 
 
 def cosine_similarity_of(a: float, sigma: float) -> float:
-    """Expected cosine between a lognormal gradient and its pruned copy.
+    """Return the expected cosine between a lognormal gradient and its pruned copy.
 
         cos^2 = e^(2 sigma^2) / (a e^(sigma^2/2) Phi((ln a - sigma^2)/sigma)
                                  + e^(2 sigma^2) (1 - Phi((ln a - 2 sigma^2)/sigma)))
@@ -219,7 +219,7 @@ def cosine_similarity_of(a: float, sigma: float) -> float:
 
 
 def relative_error(exponent_bits: int, mantissa_bits: int, sigma2: float) -> float:
-    """Expected relative error of a float format on lognormal numbers, scaled by 2^-mean(log2|g|).
+    """Return the expected relative error of a float format on lognormal numbers, scaled by 2^-mean(log2|g|).
 
     With E = 2^(exponent_bits - 1): in range (|log2| <= E) the mean error of the mantissa, below it everything is lost,
     above it the format saturates,
@@ -249,7 +249,7 @@ def relative_error(exponent_bits: int, mantissa_bits: int, sigma2: float) -> flo
 
 
 def best_format(bits: int, sigma2: float) -> FloatFormat:
-    """The split of ``bits`` with the least :func:`relative_error`.
+    """Return the split of ``bits`` with the least :func:`relative_error`.
 
     Args:
         bits: 2..8, with the sign.
@@ -306,7 +306,7 @@ class FittedFormat:
             self.fitted = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Exponent bits, bias, and whether they come from gradients."""
+        """Return exponent bits, bias, and whether they come from gradients."""
         return {"exponent_bits": self.format.exponent_bits, "bias": self.format.bias, "fitted": self.fitted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -33,8 +33,8 @@ from lightning_eff.functional.codes import TINY, Codes
 from lightning_eff.functional.random import draw_seed, uniform
 from lightning_eff.methods.state import HINDSIGHT, read_estimate
 
-Rounding = Literal["luq", "no_underflow", "no_log_rounding", "nearest"]
-GRADIENT_ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+GradientRounding = Literal["luq", "no_underflow", "no_log_rounding", "nearest"]
+GRADIENT_ROUNDINGS: tuple[str, ...] = get_args(GradientRounding)
 """``"luq"``, and the ablations: underflow to zero, log rounding to nearest, both to nearest."""
 LEVELS, ROUNDING, MOMENTUM = Whole(2, 8), Choice(*GRADIENT_ROUNDINGS), Real(0, 1, below=True)
 SAMPLES = Whole(1, 64, "each costs a pass and a byte per element of a gradient, and the paper uses 2")
@@ -77,7 +77,7 @@ def luq_codes(
     levels: int = 7,
     max_abs: Tensor | float | None = None,
     power_of_two: bool = False,
-    rounding: Rounding = "luq",
+    rounding: GradientRounding = "luq",
     seed: int | None = None,
 ) -> Codes:
     """Quantise a neural gradient to integer codes 0, ±1, ±2, ±4 ... ±2^(levels-1) in units of alpha.
@@ -116,7 +116,7 @@ def luq_codes(
     return Codes(codes.to(torch.int8 if levels < 8 else torch.int16), alpha)
 
 
-def round_to_powers(y: Tensor, u: Tensor, rounding: Rounding = "luq") -> Tensor:
+def round_to_powers(y: Tensor, u: Tensor, rounding: GradientRounding = "luq") -> Tensor:
     """Round ``y >= 0`` to 0, 1, 2, 4, ...: up iff ``u < (y - lower) / (upper - lower)``.
 
     Args:
@@ -164,7 +164,7 @@ def luq_quantize(
 
 
 def smp_quantize(x: Tensor, *, samples: int, levels: int = 7, seed: int | None = None) -> Tensor:
-    """SMP-N: the mean of N independent LUQ samples; same mean, 1/N of the variance.
+    """Return the mean of N independent LUQ samples (SMP-N); same mean, 1/N of the variance.
 
     The paper uses it for the weight gradient alone (section 4.2), N = 2.
 
@@ -207,7 +207,7 @@ class HindsightMax:
             self.value = observed if first else (1 - self.momentum) * observed + self.momentum * self.value
 
     def state_dict(self) -> dict[str, Any]:
-        """The estimate, NaN before the first step."""
+        """Return the estimate, NaN before the first step."""
         return {"value": self.value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -216,7 +216,7 @@ class HindsightMax:
 
 
 def fnt_learning_rate(step: int, *, total: int, start: float, base: float) -> float:
-    """Triangular learning rate of the fine-tuning phase: up from ``start`` to ``base``, then down to zero.
+    """Return the triangular learning rate of fine-tuning: up from ``start`` to ``base``, then down to zero.
 
     Args:
         step: 0..total.

@@ -31,7 +31,7 @@ Betas = tuple[float, float]
 
 
 def adam_direction(exp_avg: Tensor, exp_avg_sq: Tensor, step: int, *, betas: Betas, eps: float) -> Tensor:
-    """What the last step of Adam subtracted per unit of learning rate.
+    """Return what the last step of Adam subtracted per unit of learning rate.
 
     Args:
         exp_avg: first moment, as in the state of ``torch.optim.Adam``.
@@ -61,7 +61,7 @@ def nadam_direction(
     momentum_decay: float,
     mu_product: float,
 ) -> Tensor:
-    """What a step of NAdam subtracts per unit of learning rate, if the gradient is the mean of those before.
+    """Return what a step of NAdam subtracts per unit of learning rate, if the gradient is the mean of those before.
 
     Args:
         exp_avg: first moment, as in the state of ``torch.optim.NAdam``.

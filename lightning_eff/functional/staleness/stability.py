@@ -36,17 +36,17 @@ Differs: the limit is found on the unit circle, by bisection in the angle at whi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_eff.checks import Choice, Real, Whole, check
-from lightning_eff.errors import ConfigurationError, NonFiniteGradientError
+from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.staleness.mitigation import spike_coefficients
 
-Mitigation = Literal["none", "nesterov", "sc", "lwp", "lwp_w", "lwp+sc", "lwp_w+sc", "shifted"]
+MitigationName = Literal["none", "nesterov", "sc", "lwp", "lwp_w", "lwp+sc", "lwp_w+sc", "shifted"]
 DELAY = Whole(0, 2**16, "the search takes memory for each")
 _BISECTIONS = 48
 _PER_DECADE = 100
@@ -65,11 +65,12 @@ class Dynamics(NamedTuple):
     driven: tuple[float, ...]
 
     def coefficients(self, x: Tensor | float) -> Tensor:
-        """The coefficients of p for every x; float64, (...) -> (..., degree + 1)."""
+        """Return the coefficients of p for every x; float64, (...) -> (..., degree + 1)."""
         free = torch.tensor([*self.free, 0.0], dtype=torch.float64, device="cpu")
         free[1:] -= torch.tensor(self.free, dtype=torch.float64, device="cpu")  # times z, less itself
         driven = torch.zeros_like(free)
         driven[-len(self.driven) :] = torch.tensor(self.driven, dtype=torch.float64, device="cpu")
+        # (z - 1) C + x B
         return free + torch.as_tensor(x, dtype=torch.float64, device="cpu").unsqueeze(-1) * driven
 
 
@@ -90,31 +91,32 @@ class Optimum(NamedTuple):
 def momentum_dynamics(
     delay: int, momentum: float, *, a: float = 1.0, b: float = 0.0, horizon: float = 0.0, by_weights: bool = False
 ) -> Dynamics:
-    """Momentum with spike compensation (a, b) and weight prediction over ``horizon``, LWP^w if ``by_weights``.
+    """Return p of momentum with spike compensation (a, b) and weight prediction (LWP^w if ``by_weights``).
 
     Example:
         >>> momentum_dynamics(1, 0.5)
         Dynamics(free=(1.0, -0.5, 0.0), driven=(1.0, 0.0))
     """
-    free = (1.0, -momentum, *[0.0] * delay)
+    free = (1.0, -momentum, *[0.0] * delay)  # C = (z - m) z^D
     if not by_weights:
-        return Dynamics(free, (horizon + a + b, 0 - horizon - momentum * b))
-    ahead, behind = 1 + horizon, 0 - horizon
-    first, second = a + b, 0 - momentum * b
+        return Dynamics(free, (horizon + a + b, 0 - horizon - momentum * b))  # B = (T + a + b) z - (T + m b)
+    ahead, behind = 1 + horizon, 0 - horizon  # (1 + T) z - T
+    first, second = a + b, 0 - momentum * b  # (a + b) z - m b
+    # C = (z - m) z^(D + 1); B is the product of the last two
     return Dynamics((*free, 0.0), (first * ahead, first * behind + second * ahead, second * behind))
 
 
 def shifted_dynamics(delay: int, momentum: float) -> Dynamics:
-    """Shifted momentum: p(z) = z^(D+2) - z^(D+1) + (x - m) z + m; D = 0 is ordinary momentum.
+    """Return p of shifted momentum: z^(D+2) - z^(D+1) + (x - m) z + m; D = 0 is ordinary momentum.
 
     Example:
         >>> shifted_dynamics(1, 0.5)
         Dynamics(free=(1.0, 0.0, -0.5), driven=(1.0, 0.0))
     """
-    return Dynamics((1.0, *[0.0] * delay, -momentum), (1.0, 0.0))
+    return Dynamics((1.0, *[0.0] * delay, -momentum), (1.0, 0.0))  # C = z^(D + 1) - m, B = z
 
 
-def dynamics(delay: int, momentum: float, mitigation: Mitigation = "none") -> Dynamics:
+def dynamics(delay: int, momentum: float, mitigation: MitigationName = "none") -> Dynamics:
     """Return the polynomials of a method by name.
 
     Args:
@@ -130,7 +132,7 @@ def dynamics(delay: int, momentum: float, mitigation: Mitigation = "none") -> Dy
         >>> dynamics(2, 0.5, "sc")
         Dynamics(free=(1.0, -0.5, 0.0, 0.0), driven=(1.75, -0.75))
     """
-    mitigation = check("mitigation", mitigation, Choice(*get_args(Mitigation)))
+    mitigation = check("mitigation", mitigation, Choice(*get_args(MitigationName)))
     delay = check("delay", delay, DELAY)
     momentum = check("momentum", momentum, Real(0, 1, below=True))
     if mitigation == "shifted":
@@ -142,11 +144,12 @@ def dynamics(delay: int, momentum: float, mitigation: Mitigation = "none") -> Dy
 
 
 def largest_roots(coefficients: Tensor) -> Tensor:
-    """Modulus of the largest root of every polynomial, from its companion matrix: (..., n + 1) -> (...).
+    """Return the modulus of every polynomial's largest root, from its companion matrix: (..., n + 1) -> (...).
 
     Args:
         coefficients: from the highest power, which is not 0, down; real.
     """
+    # The companion matrix of z^n + c_1 z^(n-1) + .. + c_n: -c in the first row, ones below the diagonal.
     tail = coefficients.to(torch.float64)[..., 1:] / coefficients[..., :1]
     companion = torch.diag_embed(torch.ones_like(tail[..., 1:]), offset=-1)
     companion[..., 0, :] = -tail
@@ -155,7 +158,7 @@ def largest_roots(coefficients: Tensor) -> Tensor:
 
 
 def largest_root(coefficients: Sequence[float] | Tensor) -> float:
-    """Modulus of the largest root of one polynomial, coefficients from the highest power down.
+    """Return the modulus of the largest root of one polynomial, coefficients from the highest power down.
 
     Raises:
         ConfigurationError: the polynomial has no root.
@@ -173,7 +176,7 @@ def largest_root(coefficients: Sequence[float] | Tensor) -> float:
 
 
 def half_life(r: float) -> float:
-    """Updates in which an error that is multiplied by r in each halves; inf if it does not shrink.
+    """Return in how many updates an error that is multiplied by r in each halves; inf if it does not shrink.
 
     Example:
         >>> half_life(0.5), half_life(1.0)
@@ -181,14 +184,15 @@ def half_life(r: float) -> float:
     """
     if r >= 1:
         return math.inf
-    return math.log(0.5) / math.log(r) if r > 0 else 0.0
+    return math.log(0.5) / math.log(r) if r > 0 else 0.0  # r^t = 1/2
 
 
-def max_stable_lr(curvature: float, delay: int, momentum: float, *, mitigation: Mitigation = "none") -> float:
-    """The learning rate below which a minimum with this largest curvature is stable.
+def max_stable_lr(curvature: float, delay: int, momentum: float, *, mitigation: MitigationName = "none") -> float:
+    """Return the learning rate below which a minimum with this largest curvature is stable.
 
     Args:
-        curvature: largest eigenvalue of the Hessian (:func:`top_curvature`), weight decay included; above 0.
+        curvature: largest eigenvalue of the Hessian, weight decay included; above 0. It is found by
+            :func:`~lightning_eff.functional.top_curvature`.
         delay: D, in updates.
         momentum: m.
         mitigation: as in :func:`dynamics`.
@@ -238,7 +242,8 @@ def _sign_changes(system: Dynamics) -> tuple[Tensor, Tensor]:
 def _on_circle(system: Dynamics, angles: Tensor) -> Tensor:
     """The x that makes exp(i angle) a root; complex."""
     # z - 1 without cancellation near 1
-    z_less_1 = torch.polar(2 * (angles / 2).sin(), (angles + math.pi) / 2)
+    z_less_1 = torch.polar(2 * (angles / 2).sin(), (angles + math.pi) / 2)  # 2 sin(angle / 2) i exp(i angle / 2)
+    # p(z) = 0 for x = -(z - 1) C(z) / B(z)
     return -z_less_1 * _polynomial(system.free, angles) / _polynomial(system.driven, angles)
 
 
@@ -250,8 +255,8 @@ def _polynomial(coefficients: tuple[float, ...], angles: Tensor) -> Tensor:
     return torch.stack(terms).sum(0)
 
 
-def scaled_lr(lr: float, delay_from: int, delay_to: int, momentum: float, *, kind: Mitigation = "none") -> float:
-    """The learning rate that keeps the same minima stable with another delay (arXiv:1909.12340).
+def scaled_lr(lr: float, delay_from: int, delay_to: int, momentum: float, *, kind: MitigationName = "none") -> float:
+    """Return the learning rate that keeps the same minima stable with another delay (arXiv:1909.12340).
 
     It is scaled as the limit is: for long delays by ``delay_from / delay_to``. The rule keeps the ratio to the limit;
     it does not promise that training from a random start converges, and assumes the same batch size.
@@ -271,11 +276,11 @@ def scaled_lr(lr: float, delay_from: int, delay_to: int, momentum: float, *, kin
         0.004758
     """
     limits = [max_stable_lr(1.0, delay, momentum, mitigation=kind) for delay in (delay_to, delay_from)]
-    return lr * (limits[0] / limits[1])
+    return lr * (limits[0] / limits[1])  # lr' = lr limit(D') / limit(D)
 
 
-def best_half_life(condition_number: float, delay: int, method: Mitigation = "none") -> Optimum:
-    """Best (lr, momentum) for a quadratic with curvatures from 1 / ``condition_number`` to 1, and what it gives.
+def best_half_life(condition_number: float, delay: int, method: MitigationName = "none") -> Optimum:
+    """Return the best (lr, momentum) for curvatures from 1 / ``condition_number`` to 1, and what it gives.
 
     A search over a grid, twice refined around its best momentum: good to about 3 %, in seconds for delays up to 16.
 
@@ -304,7 +309,7 @@ def best_half_life(condition_number: float, delay: int, method: Mitigation = "no
     return best
 
 
-def _best_lr(condition_number: float, delay: int, momentum: float, method: Mitigation) -> Optimum:
+def _best_lr(condition_number: float, delay: int, momentum: float, method: MitigationName) -> Optimum:
     """The best learning rate for one momentum: of all windows [x / kappa, x] the one with the least largest root."""
     system = dynamics(delay, momentum, method)
     width = max(1, math.ceil(math.log10(condition_number) * _PER_DECADE))
@@ -314,74 +319,3 @@ def _best_lr(condition_number: float, delay: int, momentum: float, method: Mitig
     slowest = largest_roots(system.coefficients(x)).unfold(0, width + 1, 1).amax(-1)
     at = int(slowest.argmin())
     return Optimum(half_life(float(slowest[at])), float(x[at + width]), momentum)
-
-
-def top_curvature(
-    gradient: Callable[[Tensor], Tensor],
-    weights: Tensor,
-    *,
-    iterations: int = 20,
-    seed: int = 0,
-    tolerance: float = 1e-3,
-) -> float:
-    """Largest eigenvalue of the Hessian by power iteration, without a second backward pass.
-
-    A product of the Hessian with a unit vector u is the central difference [g(w + h u) - g(w - h u)] / (2 h) with
-    h = eps^(1/3) |w| (eps of the dtype; |w| = 1 if all weights are 0): rounding and truncation are then of like order,
-    a relative error of some 1e-4 in float32 and 1e-9 in float64 where the gradient is smooth. Two gradients per
-    iteration, and a few copies of the weights.
-
-    The first run finds the largest modulus rho. Unless it belongs to a positive eigenvalue, a second run iterates with
-    the Hessian plus rho, of which the largest eigenvalue is the largest in modulus as well.
-
-    Args:
-        gradient: of the same loss at any weights, in the shape of the weights; on the same data and random numbers.
-        weights: w, any shape, floating dtype; not changed.
-        iterations: at most so many, for each of the two runs. The result is too small where they were too few.
-        seed: of the first direction, drawn on the CPU.
-        tolerance: relative change of the eigenvalue that ends the iteration.
-
-    Raises:
-        ConfigurationError: ``iterations`` or ``tolerance`` is not allowed.
-        NonFiniteGradientError: a gradient is not finite.
-
-    Example:
-        >>> curvatures = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
-        >>> round(top_curvature(lambda w: curvatures * w, torch.ones(3, dtype=torch.float64)), 2)
-        5.0
-    """
-    iterations = check("iterations", iterations, Whole(1))
-    tolerance = check("tolerance", tolerance, Real(0))
-    weights = weights.detach()
-    length = torch.finfo(weights.dtype).eps ** (1 / 3) * (float(weights.norm()) or 1.0)
-
-    def product(u: Tensor) -> Tensor:
-        difference = gradient(weights + length * u) - gradient(weights - length * u)
-        return difference.detach().div(2 * length)
-
-    noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(seed), dtype=weights.dtype, device="cpu")
-    start = noise.to(weights.device)
-    found, rho, u = _power_iteration(product, start, iterations, tolerance)
-    if found >= (1 - tolerance) * rho:
-        return found
-    # A positive and a negative eigenvalue of about one modulus leave a mixture, from which it is not far to go.
-    start = u if found > 0 else start
-    return _power_iteration(lambda u: product(u) + rho * u, start, iterations, tolerance)[0] - rho
-
-
-def _power_iteration(
-    product: Callable[[Tensor], Tensor], start: Tensor, iterations: int, tolerance: float
-) -> tuple[float, float, Tensor]:
-    """Return the last u' H u, |H u| (which never shrinks) and the next u."""
-    u, found, size = start / start.norm(), 0.0, 0.0
-    for _ in range(iterations):
-        image = product(u)
-        before, found, size = size, float((u * image).sum()), float(image.norm())
-        if not math.isfinite(size):
-            raise NonFiniteGradientError("A gradient near these weights is NaN or Inf; curvature is not defined there.")
-        if size == 0:
-            break
-        u = image / size
-        if size - before <= tolerance * size:
-            break
-    return found, size, u

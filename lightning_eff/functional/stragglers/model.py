@@ -102,7 +102,7 @@ def predicted(table: Tensor, other: Tensor | float, tau: float, min_micro_batche
 
 
 def ideal_speedup(table: Tensor, other: Tensor | float, tau: float) -> float:
-    """S_eff(tau) of algorithm 2: what a worker would gain that could stop at tau to the moment.
+    """Return S_eff(tau) of algorithm 2: what a worker would gain that could stop at tau to the moment.
 
     Example:
         >>> ideal_speedup(torch.ones(5, 3, 4), 1.0, tau=math.inf)
@@ -115,7 +115,7 @@ def ideal_speedup(table: Tensor, other: Tensor | float, tau: float) -> float:
 
 
 def ideal_threshold(table: Tensor, other: Tensor | float, *, candidates: int = 200) -> float:
-    """The tau that algorithm 2 picks: the largest :func:`ideal_speedup` on a grid, inf if none is above 1.
+    """Return the tau that algorithm 2 picks: the largest :func:`ideal_speedup` on a grid, inf if none is above 1.
 
     The grid of the published code: equally spaced from the first moment at which some worker has done half of its
     micro-batches (the published code: 6 of 12) to the end of the slowest worker-step.
@@ -179,7 +179,7 @@ def best_threshold(
     min_gain: float = MIN_GAIN,
     candidates: Tensor | None = None,
 ) -> float:
-    """The threshold with the most computed samples per second, in the model where a begun micro-batch is finished.
+    """Return the threshold with the most computed samples per second, where a begun micro-batch is finished.
 
     Exact: every tau is considered. The answer is the middle of the interval of equally good thresholds, so that the
     jitter of the next steps does not push a worker over its edge. It is a function of the table alone, to the last bit:
@@ -250,7 +250,7 @@ def _seconds(tau: float) -> float:
 
 
 def expected_slowest(workers: int, micro_batches: int, mean_s: float, std_s: float) -> float:
-    """Expected compute time of the slowest worker, seconds: grows like sqrt(log N).
+    """Return the expected compute time of the slowest worker, seconds: grows like sqrt(log N).
 
         E[T] ~ M mu + sqrt(M) sigma [(1 - gamma) Phi^-1(1 - 1/N) + gamma Phi^-1(1 - 1/(e N))]
 
@@ -278,7 +278,7 @@ def expected_slowest(workers: int, micro_batches: int, mean_s: float, std_s: flo
 def expected_micro_batches(
     tau: float, micro_batches: int, mean_s: float, std_s: float, *, finish_begun: bool = False
 ) -> float:
-    """Expected micro-batches of one worker until ``tau``, for independent normal times.
+    """Return the expected micro-batches of one worker until ``tau``, for independent normal times.
 
         E[Mtilde(tau)] ~ sum_(m=1..M) Phi((tau - m mu) / (sqrt(m) sigma))
 
@@ -304,7 +304,7 @@ def _phi(distance: float, std: float) -> float:
 def expected_speedup(
     tau: float, workers: int, micro_batches: int, mean_s: float, std_s: float, other_s: float = 0.0
 ) -> float:
-    """E[S_eff(tau)], the paper's closed form: idealised as :func:`ideal_speedup` is.
+    """Return E[S_eff(tau)], the paper's closed form: idealised as :func:`ideal_speedup` is.
 
         (E[Mtilde] / M) (E[T] + T^c) / (min(tau, E[T]) + T^c)
 

@@ -24,6 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Delay(ABC):
 
     @abstractmethod
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
-        """Extra time in multiples of the undisturbed time.
+        """Return the extra time in multiples of the undisturbed time.
 
         Args:
             step: optimizer step, int64, 0 or more; the three are broadcast together.
@@ -57,7 +58,7 @@ class Delay(ABC):
         """
 
     def extra_s(self, step: int, rank: int, micro_batch: int, base_s: float) -> float:
-        """Seconds to add to one micro-batch.
+        """Return the seconds to add to one micro-batch.
 
         Args:
             step: optimizer step, 0 or more.
@@ -76,7 +77,7 @@ class Delay(ABC):
     def table(
         self, steps: int, workers: int, micro_batches: int, *, base_s: float = 1.0, first_step: int = 0
     ) -> Tensor:
-        """Seconds of every micro-batch, undisturbed time and delay; float64 (steps, workers, micro_batches)."""
+        """Return the seconds of every micro-batch, with its delay; float64 (steps, workers, micro_batches)."""
         step = torch.arange(first_step, first_step + steps, dtype=torch.int64, device="cpu").view(-1, 1, 1)
         extra = self.relative(
             step,
@@ -87,7 +88,7 @@ class Delay(ABC):
 
 
 def hashed_uniform(seed: int, *coordinates: Tensor) -> Tensor:
-    """Uniform float64 inside (0, 1), a function of the seed and of the integer coordinates alone.
+    """Return uniform float64 inside (0, 1), a function of the seed and of the integer coordinates alone.
 
     Args:
         seed: 64-bit integer.
@@ -124,7 +125,7 @@ class LognormalDelay(Delay):
         _check(self, "lognormal", alpha=Real(0, above=True), beta=Real(0, MOST_DELAY), seed=SEED)
 
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
-        """Inverse transform: one uniform number per micro-batch gives one normal number."""
+        """Turn one uniform number per micro-batch into one normal number (inverse transform)."""
         normal: Tensor = torch.special.ndtri(hashed_uniform(self.seed, step, rank, micro_batch))
         return ((4 + normal).exp() / self.alpha).clamp(max=self.beta)
 
@@ -147,7 +148,7 @@ class StallDelay(Delay):
         _check(self, "stall", p=SHARE, factor=Real(1, MOST_DELAY), seed=SEED)
 
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
-        """One uniform number per worker-step, whichever micro-batch asks."""
+        """Draw one uniform number per worker-step, whichever micro-batch asks."""
         stalled = hashed_uniform(self.seed, step, rank) < self.p
         return stalled.double() * (self.factor - 1)
 
@@ -168,7 +169,7 @@ class SlowRankDelay(Delay):
         _check(self, "slow", rank=Whole(), factor=Real(1, MOST_DELAY))
 
     def relative(self, step: Tensor, rank: Tensor, micro_batch: Tensor) -> Tensor:
-        """A constant of the rank."""
+        """Return a constant of the rank."""
         return (rank == self.rank).double() * (self.factor - 1)
 
 
@@ -209,7 +210,11 @@ class TraceDelay(Delay):
         return (seconds / self.fast_s - 1).clamp(min=0)
 
 
-_NAMED: dict[str, type[Delay]] = {"lognormal": LognormalDelay, "stall": StallDelay, "slow": SlowRankDelay}
+_NAMED: dict[str, type[LognormalDelay] | type[StallDelay] | type[SlowRankDelay]] = {
+    "lognormal": LognormalDelay,
+    "stall": StallDelay,
+    "slow": SlowRankDelay,
+}
 _KINDS: dict[str, Callable[[str], float]] = {"int": int, "float": float}
 
 
@@ -239,8 +244,8 @@ def parse_delay(spec: str, *, seed: int = 0) -> Delay:
         raise ConfigurationError(
             f"No delay {shown(name)}.{hint} Known: {', '.join(_NAMED)}, or the path of a CSV file."
         )
-    types = {item.name: str(item.type) for item in fields(kind)}  # type: ignore[arg-type]
-    given = {"seed": seed} if "seed" in types else {}
+    types = {item.name: str(item.type) for item in fields(kind)}
+    given: dict[str, Any] = {"seed": seed} if "seed" in types else {}
     return kind(**given | dict(_option(name, text, types) for text in options.split(",") if text))
 
 

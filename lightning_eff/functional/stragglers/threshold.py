@@ -95,7 +95,7 @@ def starts_next(elapsed_s: Tensor, done: Tensor, *, tau: float, min_micro_batche
 def starts_next(
     elapsed_s: float | Tensor, done: int | Tensor, *, tau: float, min_micro_batches: int = 1
 ) -> bool | Tensor:
-    """Whether a worker starts another micro-batch of this step: the decision, and all of it.
+    """Return whether a worker starts another micro-batch of this step: the decision, and all of it.
 
     Args:
         elapsed_s: what its micro-batches of this step took so far, seconds; one number, or a tensor of them.
@@ -113,7 +113,7 @@ def starts_next(
 
 
 def completed(times: Tensor, tau: float, min_micro_batches: int = 1) -> Tensor:
-    """Number of micro-batches every worker computes: :func:`starts_next` before each of them.
+    """Return the number of micro-batches every worker computes: :func:`starts_next` before each of them.
 
     Args:
         times: seconds of the micro-batches in order, not negative; (..., M).
@@ -140,12 +140,12 @@ def _ends(times: Tensor) -> Tensor:
 
 
 def compute_times(times: Tensor, counts: Tensor) -> Tensor:
-    """Seconds every worker computes: the end of the last micro-batch it began; (..., M), (...) -> (...)."""
+    """Return the seconds every worker computes: the end of the last micro-batch it began; (..., M), (...) -> (...)."""
     return _ends(times).gather(-1, counts.unsqueeze(-1)).squeeze(-1)
 
 
 def step_times(timings: Timings, counts: Tensor) -> Tensor:
-    """Seconds of every step: its slowest worker and the time outside the loop; counts (I, N) -> (I,).
+    """Return the seconds of every step: its slowest worker and the time outside the loop; counts (I, N) -> (I,).
 
     Example:
         >>> timings = check_timings(torch.tensor([[[1.0, 1.0, 1.0], [1.0, 9.0, 1.0]]]), other=0.5)
@@ -158,7 +158,7 @@ def step_times(timings: Timings, counts: Tensor) -> Tensor:
 def gradient_factor(
     counts: Tensor, micro_batches: int, normalize: Normalize = "computed", *, window: int | None = None
 ) -> Tensor:
-    """Factor for the gradient that was summed over all workers and their computed micro-batches.
+    """Return the factor for the gradient that was summed over all workers and their computed micro-batches.
 
     Lightning has divided the loss of every micro-batch by M = ``micro_batches``, so the sum is (1/M) sum_n sum_m g.
     With W = ``window``
@@ -200,7 +200,7 @@ def gradient_factor(
 
 
 def extra_steps(steps: int, drop_rate: float) -> int:
-    """Further steps after which as many samples were computed as in ``steps`` without dropping: R of section 3.
+    """Return how many further steps it takes for as many samples as in ``steps`` without dropping: R of section 3.
 
     Example:
         >>> extra_steps(900, 0.1)
@@ -210,7 +210,7 @@ def extra_steps(steps: int, drop_rate: float) -> int:
 
 
 def extra_micro_batches(micro_batches: int, drop_rate: float) -> int:
-    """Further micro-batches per step for as many computed samples per step, with tau chosen anew.
+    """Return how many further micro-batches a step needs for as many computed samples, with tau chosen anew.
 
     Example:
         >>> extra_micro_batches(12, 0.127)

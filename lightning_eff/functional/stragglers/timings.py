@@ -197,7 +197,7 @@ class _Cells:
         return value
 
     def timings(self) -> Timings:
-        """The complete steps; a ConfigurationError for a gap that neither an end of epoch nor of the run explains."""
+        """Return the complete steps; refuse a gap that neither an end of epoch nor of the run explains."""
         if not self.seconds:
             raise ConfigurationError(f"{self.path} holds no row of timings.")
         full = Counter(self._shape(step) for step in self.seconds if self._is_full(step))

@@ -3,31 +3,11 @@
 // The rules and the random bits are those of lightning_eff/functional/numerics/bf16.py; a test holds both equal bit for bit.
 // Blocks of BLOCK elements are the rows of the random stream, so results do not depend on the number of threads.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "common.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 2048;      // elements per row of the random stream
-constexpr int64_t PARALLEL = 32768;  // fewer elements than this stay on one thread
-constexpr uint32_t MAGNITUDE = 0x7FFFFFFFu, INF = 0x7F800000u, QUIET = 0x400000u, LARGEST = 0x7F7F0000u;
-
-inline float as_float(uint32_t i) { float x; std::memcpy(&x, &i, 4); return x; }
-inline uint32_t as_bits(float x) { uint32_t i; std::memcpy(&i, &x, 4); return i; }
-
-inline uint32_t mix(uint32_t h) {  // lowbias32 (C. Wellons)
-    h ^= h >> 16; h *= 0x7feb352du;
-    h ^= h >> 15; h *= 0x846ca68bu;
-    return h ^ (h >> 16);
-}
-
-inline uint32_t row_seed(uint64_t seed, int64_t row) {
-    return mix(mix(static_cast<uint32_t>(row) ^ mix(static_cast<uint32_t>(seed))) + static_cast<uint32_t>(seed >> 32));
-}
-
-inline float wide(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
+constexpr uint32_t QUIET = 0x400000u, LARGEST = 0x7F7F0000u;
 
 inline uint16_t nearest_number(float x) {  // of anything but NaN
     const uint32_t bits = as_bits(x);
@@ -49,30 +29,30 @@ void blocks_of(int64_t n, int threads, Body body) {
 inline float join(uint16_t hi, uint16_t lo) {
     const uint32_t upper = static_cast<uint32_t>(hi) << 16;
     const uint32_t away = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(lo)));
-    return as_float(upper + ((upper & MAGNITUDE) > INF ? static_cast<uint32_t>(lo) : away));
+    return as_float(upper + ((upper & MAGNITUDE) > INFINITE ? static_cast<uint32_t>(lo) : away));
 }
 
 inline void split(float x, uint16_t& hi, uint16_t& lo) {
     const uint32_t bits = as_bits(x);
-    hi = static_cast<uint16_t>(((bits & MAGNITUDE) > INF ? bits | QUIET : bits + 0x8000u) >> 16);
+    hi = static_cast<uint16_t>(((bits & MAGNITUDE) > INFINITE ? bits | QUIET : bits + 0x8000u) >> 16);
     lo = static_cast<uint16_t>(bits);  // the low half is the same whichever way hi was made
 }
 
 inline uint16_t stochastic(float x, uint32_t place, uint32_t start) {
     const uint32_t bits = as_bits(x), magnitude = bits & MAGNITUDE;
-    const uint32_t noise = mix(place * 0x9E3779B9u + start) >> 16;
+    const uint32_t noise = random_bits(place, start) >> 16;
     uint32_t rounded = bits + noise;
-    rounded = (rounded & MAGNITUDE) >= INF ? (bits & ~MAGNITUDE) | LARGEST : rounded;
-    const uint32_t special = magnitude > INF ? bits | QUIET : bits;
-    return static_cast<uint16_t>((magnitude >= INF ? special : rounded) >> 16);
+    rounded = (rounded & MAGNITUDE) >= INFINITE ? (bits & ~MAGNITUDE) | LARGEST : rounded;
+    const uint32_t special = magnitude > INFINITE ? bits | QUIET : bits;
+    return static_cast<uint16_t>((magnitude >= INFINITE ? special : rounded) >> 16);
 }
 
 inline void kahan(uint16_t& weight, uint16_t& compensation, float update) {
-    const float old = wide(weight), d = update + wide(compensation);
+    const float old = widen(weight), d = update + widen(compensation);
     const uint16_t next = nearest(old + d);
-    const float rest = d - (wide(next) - old);
+    const float rest = d - (widen(next) - old);
     weight = next;
-    compensation = (as_bits(rest) & MAGNITUDE) < INF ? nearest_number(rest) : uint16_t(0);
+    compensation = (as_bits(rest) & MAGNITUDE) < INFINITE ? nearest_number(rest) : uint16_t(0);
 }
 
 inline float choose(uint32_t mask, float yes, float no) {
@@ -103,8 +83,8 @@ template <int UPDATE, bool MOMENTUM>
 void sgd_block(const SGD sgd, uint16_t* __restrict weight, uint16_t* __restrict kept, const uint16_t* __restrict grad,
                float* __restrict buffer, int64_t n, uint32_t start) {
     for (int64_t i = 0; i < n; ++i) {
-        const float old = UPDATE == SPLIT ? join(weight[i], kept[i]) : wide(weight[i]);
-        const float next = sgd.operator()<MOMENTUM>(old, wide(grad[i]), buffer + i);
+        const float old = UPDATE == SPLIT ? join(weight[i], kept[i]) : widen(weight[i]);
+        const float next = sgd.operator()<MOMENTUM>(old, widen(grad[i]), buffer + i);
         if (UPDATE == SR) weight[i] = stochastic(next, static_cast<uint32_t>(i), start);
         if (UPDATE == KAHAN) kahan(weight[i], kept[i], next - old);
         if (UPDATE == SPLIT) split(next, weight[i], kept[i]);
@@ -129,7 +109,7 @@ void eff_bf16_kahan(uint16_t* weight, uint16_t* compensation, const float* x, in
     const uint32_t mask = is_sum ? ~0u : 0u;
     blocks_of(n, threads, [=](int64_t, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-            kahan(weight[i], compensation[i], choose(mask, x[i] - wide(weight[i]), x[i]));
+            kahan(weight[i], compensation[i], choose(mask, x[i] - widen(weight[i]), x[i]));
     });
 }
 

@@ -6,32 +6,11 @@
 //
 // Element types: 0 = float32, 1 = bfloat16, 2 = codes (uint8, output alone).
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "common.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 2048;      // elements per block, and per row of the random stream
-constexpr int64_t PARALLEL = 32768;  // fewer elements than this stay on one thread
 constexpr float NEAREST = 12582912.0f;  // 1.5 * 2^23: adding it to y <= 256 rounds y to an integer, ties to even
-constexpr int32_t MAGNITUDE = 0x7FFFFFFF, EXPONENT = 0x7F800000;
-
-using std::int64_t;
-
-inline int32_t as_int(float x) { int32_t i; std::memcpy(&i, &x, 4); return i; }
-inline float as_float(int32_t i) { float x; std::memcpy(&x, &i, 4); return x; }
-
-inline uint32_t mix(uint32_t h) {
-    h ^= h >> 16; h *= 0x7feb352du;
-    h ^= h >> 15; h *= 0x846ca68bu;
-    return h ^ (h >> 16);
-}
-
-inline uint32_t row_seed(uint64_t seed, int64_t row) {
-    return mix(mix(static_cast<uint32_t>(row) ^ mix(static_cast<uint32_t>(seed))) + static_cast<uint32_t>(seed >> 32));
-}
 
 struct Format {
     int32_t max_bits;        // largest value, as bits
@@ -42,25 +21,15 @@ struct Format {
     bool saturate;           // Inf becomes the largest value
 };
 
-inline float read(const float* x, int64_t i) { return x[i]; }
-inline float read(const uint16_t* x, int64_t i) {
-    return as_float(static_cast<int32_t>(static_cast<uint32_t>(x[i]) << 16));
-}
-
-inline void write(float* out, int64_t i, int32_t bits) { out[i] = as_float(bits); }
-inline void write(uint16_t* out, int64_t i, int32_t bits) {  // every value is exact in bfloat16: cut off the zeros
-    out[i] = static_cast<uint16_t>(static_cast<uint32_t>(bits) >> 16);
-}
-
 // y = |x| / step rounded, and the bits of the power of two that starts x's binade (no less than 2^(1 - bias)).
 template <bool STOCHASTIC>
 inline float rounded(int32_t magnitude, const Format& f, int64_t j, uint32_t seed, int32_t* power) {
     const int32_t a = std::min(magnitude, f.max_bits);
-    *power = std::max(a & EXPONENT, f.min_power_bits);
+    *power = std::max(a & INFINITE, f.min_power_bits);
     // 1 / step = 2^m / power
     const float y = as_float(a) * as_float(0x7F000000 - *power + (f.mantissa << 23));
     if (!STOCHASTIC) return (y + NEAREST) - NEAREST;  // std::rint followed by a cast would not be vectorised
-    const int32_t u = static_cast<int32_t>(mix(static_cast<uint32_t>(j) * 0x9E3779B9u + seed) >> 9);  // 23 bits
+    const int32_t u = random_23(j, seed);
     const float lower = std::floor(y);
     return lower + (static_cast<float>(u) < (y - lower) * 8388608.0f ? 1.0f : 0.0f);
 }
@@ -72,9 +41,9 @@ void value_block(const In* x, Out* out, int64_t count, const Format f, uint32_t 
         int32_t power;
         const float y = rounded<STOCHASTIC>(magnitude, f, j, seed, &power);
         int32_t q = as_int(y * as_float(power - (f.mantissa << 23)));
-        const int32_t special = magnitude > EXPONENT ? 0x7FC00000 : EXPONENT;
-        q = magnitude > EXPONENT || (magnitude == EXPONENT && !f.saturate) ? special : q;
-        write(out, j, q | (bits & ~MAGNITUDE));
+        const int32_t special = magnitude > INFINITE ? NOT_A_NUMBER : INFINITE;
+        q = magnitude > INFINITE || (magnitude == INFINITE && !f.saturate) ? special : q;
+        write(out, j, q | (bits & ~MAGNITUDE));  // every value is exact in bfloat16
     }
 }
 
@@ -89,8 +58,8 @@ bool code_block(const In* x, uint8_t* out, int64_t count, const Format f, uint32
         const float y = rounded<STOCHASTIC>(magnitude, f, j, seed, &power);
         int32_t code = static_cast<int32_t>(y) + (((power - f.min_power_bits) >> 23) << f.mantissa);
         // Masks instead of branches, which would keep the loop from being vectorised.
-        const int32_t nan = -static_cast<int32_t>(magnitude > EXPONENT);
-        const int32_t inf = -static_cast<int32_t>(magnitude == EXPONENT) & propagate;
+        const int32_t nan = -static_cast<int32_t>(magnitude > INFINITE);
+        const int32_t inf = -static_cast<int32_t>(magnitude == INFINITE) & propagate;
         code = (code & ~(nan | inf)) | (nan & f.nan_code) | (inf & f.inf_code);
         bad |= nan | inf;
         out[j] = static_cast<uint8_t>(code | ((bits < 0) << f.sign_shift));

@@ -4,24 +4,15 @@
 // Round to nearest, ties to even, saturating: the values torch's casts give after clamping. A test compares all inputs.
 // Element types of inputs: 0 = float32, 1 = bfloat16. Formats: 0 = E4M3 (bias 7), 1 = E5M2 (bias 15).
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "common.h"
+
 #include <vector>
 
 namespace {
 
-constexpr int64_t BLOCK = 2048, PARALLEL = 32768;
-
-inline int32_t as_int(float x) { int32_t i; std::memcpy(&i, &x, 4); return i; }
-inline float as_float(int32_t i) { float x; std::memcpy(&x, &i, 4); return x; }
-inline float load(const float* x, int64_t j) { return x[j]; }
-inline float load(const uint16_t* x, int64_t j) { return as_float(static_cast<int32_t>(static_cast<uint32_t>(x[j]) << 16)); }
-
 // down multiplies codes back, up multiplies the tensor before the cast: NaN and 0 for a maximum that is not finite.
 inline void scale_of(float max_abs, float largest, int power_of_two, float& down, float& up) {
-    if (!std::isfinite(max_abs)) { down = as_float(0x7FC00000); up = 0.0f; return; }
+    if (!std::isfinite(max_abs)) { down = as_float(NOT_A_NUMBER); up = 0.0f; return; }
     up = static_cast<float>(static_cast<double>(largest) / std::max(static_cast<double>(max_abs), 1e-12));
     if (power_of_two) { int exponent; std::frexp(up, &exponent); up = std::ldexp(1.0f, exponent - 1); }
     down = 1.0f / up;
@@ -35,14 +26,14 @@ int32_t largest_bits(const In* x, int64_t n, int32_t* columns) {
     if (columns) {
         #pragma omp simd reduction(max:top)
         for (int64_t j = 0; j < n; ++j) {
-            const int32_t magnitude = as_int(load(x, j)) & 0x7FFFFFFF;
+            const int32_t magnitude = as_int(read(x, j)) & MAGNITUDE;
             top = std::max(top, magnitude);
             const int32_t before = columns[j];
             columns[j] = before > magnitude ? before : magnitude;
         }
     } else {
         #pragma omp simd reduction(max:top)
-        for (int64_t j = 0; j < n; ++j) top = std::max(top, as_int(load(x, j)) & 0x7FFFFFFF);
+        for (int64_t j = 0; j < n; ++j) top = std::max(top, as_int(read(x, j)) & MAGNITUDE);
     }
     return top;
 }
@@ -61,7 +52,7 @@ struct Float8 {
     // Adding and taking away 1.5 * 2^(23 + exponent of a step) rounds to a multiple of the step, ties to even. The step
     // is the last mantissa bit of the magnitude's binade, and that of the smallest normal number below it.
     static inline int32_t round_bits(float magnitude) {
-        const int32_t binade = std::max(as_int(magnitude) & 0x7F800000, SMALLEST_NORMAL);
+        const int32_t binade = std::max(as_int(magnitude) & INFINITE, SMALLEST_NORMAL);
         const float magic = as_float(binade + (DROP << 23) + (1 << 22));
         return as_int((magnitude + magic) - magic);
     }
@@ -74,7 +65,7 @@ struct Float8 {
     static inline void put(const int32_t* bits, int64_t count, uint8_t* codes, uint16_t* values) {
         if (values) for (int64_t j = 0; j < count; ++j) values[j] = static_cast<uint16_t>(static_cast<uint32_t>(bits[j]) >> 16);
         if (codes) for (int64_t j = 0; j < count; ++j) {
-            const int32_t magnitude = bits[j] & 0x7FFFFFFF;
+            const int32_t magnitude = bits[j] & MAGNITUDE;
             const int32_t normal = (magnitude >> DROP) - REBIAS, sub = static_cast<int32_t>(as_float(magnitude) * STEPS);
             codes[j] = static_cast<uint8_t>((magnitude < SMALLEST_NORMAL ? sub : normal) | ((bits[j] >> 24) & 0x80));
         }
@@ -89,8 +80,8 @@ struct Float8 {
             const int64_t begin = b * BLOCK, count = std::min(BLOCK, n - begin);
             int32_t bits[BLOCK];
             for (int64_t j = 0; j < count; ++j) {
-                const float value = load(x, begin + j), y = value * inverse;
-                seen = std::max(seen, as_int(value) & 0x7FFFFFFF);
+                const float value = read(x, begin + j), y = value * inverse;
+                seen = std::max(seen, as_int(value) & MAGNITUDE);
                 bits[j] = round_signed(y, largest);
             }
             put(bits, count, codes ? codes + begin : nullptr, values ? values + begin : nullptr);
@@ -106,7 +97,7 @@ struct Float8 {
             int32_t bits[BLOCK];
             for (int64_t j = 0; j < count; ++j) {
                 const float scale = up(begin + j);
-                bits[j] = round_signed(scale == 0.0f ? 0.0f : load(x, begin + j) * scale, largest);
+                bits[j] = round_signed(scale == 0.0f ? 0.0f : read(x, begin + j) * scale, largest);
             }
             put(bits, count, codes ? codes + begin : nullptr, values ? values + begin : nullptr);
         }
@@ -193,7 +184,7 @@ void eff_fp8_encode(const void* x, int type, int64_t n, float* scale, int format
         seen = format == 0 ? encode_any<E4M3>(x, type, n, scale[1], 448.0f, codes, values, threads)
                            : encode_any<E5M2>(x, type, n, scale[1], 57344.0f, codes, values, threads);
     if (observed) *observed = as_float(seen);
-    if (observed && !std::isfinite(*observed)) scale[0] = as_float(0x7FC00000);
+    if (observed && !std::isfinite(*observed)) scale[0] = as_float(NOT_A_NUMBER);
     if (scale[1] == 0.0f || (observed && !std::isfinite(*observed))) {
         if (codes) std::memset(codes, 0, n);
         if (values) std::memset(values, 0, 2 * n);

@@ -6,41 +6,21 @@
 //
 // Element types of inputs: 0 = float32, 1 = bfloat16.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "common.h"
+
 #include <vector>
 
 namespace {
 
-constexpr int64_t BLOCK = 2048;       // elements per block, and per row of the random stream
-constexpr int64_t PARALLEL = 32768;   // fewer elements than this stay on one thread
-constexpr int32_t MAGNITUDE = 0x7FFFFFFF;
 constexpr double FLAT = 0.87;          // mean(|x|) / rms above which SAWB's formula does not hold
 constexpr float TINY = 1.17549435e-38f;  // smallest normal float32
-
-using std::int64_t;
-
-inline int32_t as_int(float x) { int32_t i; std::memcpy(&i, &x, 4); return i; }
-inline float as_float(int32_t i) { float x; std::memcpy(&x, &i, 4); return x; }
 
 // Pointer to block `b` of an input as float32; bfloat16 is widened into `buffer`.
 inline const float* block_of(const void* x, int type, int64_t begin, int64_t count, float* buffer) {
     if (type == 0) return static_cast<const float*>(x) + begin;
     const uint16_t* h = static_cast<const uint16_t*>(x) + begin;
-    for (int64_t j = 0; j < count; ++j) buffer[j] = as_float(static_cast<int32_t>(static_cast<uint32_t>(h[j]) << 16));
+    for (int64_t j = 0; j < count; ++j) buffer[j] = widen(h[j]);
     return buffer;
-}
-
-inline uint32_t mix(uint32_t h) {  // lowbias32 (C. Wellons), a bijection with low avalanche bias
-    h ^= h >> 16; h *= 0x7feb352du;
-    h ^= h >> 15; h *= 0x846ca68bu;
-    return h ^ (h >> 16);
-}
-
-inline uint32_t row_seed(uint64_t seed, int64_t row) {
-    return mix(mix(static_cast<uint32_t>(row) ^ mix(static_cast<uint32_t>(seed))) + static_cast<uint32_t>(seed >> 32));
 }
 
 struct Moments { double abs = 0, square = 0, nonzero = 0; int32_t max_bits = 0; int32_t negative = 0; };
@@ -109,12 +89,12 @@ void pack_block(const int8_t* codes, uint8_t* packed, int64_t count) {
 void luq_block(const float* x, int8_t* codes, int64_t count, float inverse, int32_t top_bits, uint32_t seed) {
     constexpr int32_t ONE = 0x3F800000;
     for (int64_t j = 0; j < count; ++j) {
-        const int32_t u = static_cast<int32_t>(mix(static_cast<uint32_t>(j) * 0x9E3779B9u + seed) >> 9);  // 23 bits
+        const int32_t u = random_23(j, seed);
         const float y = x[j] * inverse;
         const int32_t bits = as_int(y), magnitude = bits & MAGNITUDE;
         // |y| < 1: up to 1 with probability |y|.  |y| >= 1: up to the next power of two with probability mantissa/2^23.
         const int32_t under = static_cast<float>(u) < as_float(magnitude) * 8388608.0f ? ONE : 0;
-        const int32_t power = (magnitude + (0x7FFFFF - u)) & 0x7F800000;
+        const int32_t power = (magnitude + (0x7FFFFF - u)) & INFINITE;
         const int32_t level = std::min(magnitude < ONE ? under : power, top_bits);
         const int32_t value = static_cast<int32_t>(as_float(level));
         codes[j] = static_cast<int8_t>(bits < 0 ? -value : value);
@@ -122,7 +102,7 @@ void luq_block(const float* x, int8_t* codes, int64_t count, float inverse, int3
 }
 
 inline bool passes(float x) { return !(x <= 0.0f); }
-inline bool passes(uint16_t x) { return passes(as_float(static_cast<int32_t>(static_cast<uint32_t>(x) << 16))); }
+inline bool passes(uint16_t x) { return passes(widen(x)); }
 
 template <class T>
 void relu_blocks(const T* x, int64_t n, T* y, uint8_t* mask, int threads) {
@@ -162,13 +142,11 @@ template <> struct Store<uint16_t> {  // bfloat16, round to nearest even; NaN st
     static uint16_t from(float v) {
         const uint32_t bits = static_cast<uint32_t>(as_int(v));
         const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-        return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
+        return static_cast<uint16_t>((bits & MAGNITUDE) > INFINITE ? (bits >> 16) | 0x40 : rounded);
     }
 };
 
-inline float widen(float x) { return x; }
 inline float widen(int32_t x) { return static_cast<float>(x); }
-inline float widen(uint16_t x) { return as_float(static_cast<int32_t>(static_cast<uint32_t>(x) << 16)); }
 
 template <class In, class Out>
 void scale_rows(const In* acc, int64_t rows, int64_t cols, float scale, const float* bias, Out* out, int64_t stride,
@@ -244,7 +222,7 @@ void eff_sawb_scale(const void* x, int type, int64_t n, int unsigned_mode, const
     if (row != 2 && mean > FLAT * rms) clip = std::min(max_abs, static_cast<float>(2 * std::max(rms, mean)));
     const float steps = row == 0 ? 7.0f : row == 1 ? 15.0f : 7.5f;
     const float value = clip / steps;
-    *scale = std::isfinite(max_abs) ? std::max(value, TINY) : as_float(0x7FC00000);
+    *scale = std::isfinite(max_abs) ? std::max(value, TINY) : as_float(NOT_A_NUMBER);
     *is_unsigned = positive;
 }
 
@@ -272,7 +250,7 @@ void eff_sawb_codes(const void* x, int type, int64_t n, const float* scale, int 
 // alpha = max_abs * 2^-(levels-1), at least the smallest normal number, NaN when max_abs is not finite.
 void eff_luq_scale(const float* max_abs, int levels, int power_of_two, float* alpha) {
     const float value = std::max(std::ldexp(*max_abs, 1 - levels), TINY);
-    *alpha = !std::isfinite(*max_abs) ? as_float(0x7FC00000) : power_of_two ? power_of_two_above(value) : value;
+    *alpha = !std::isfinite(*max_abs) ? as_float(NOT_A_NUMBER) : power_of_two ? power_of_two_above(value) : value;
 }
 
 // LUQ codes 0, +-1, +-2, ... +-2^(levels-1); levels <= 7 so that a code fits int8. `observed` (may be null) receives

@@ -6,42 +6,11 @@
 //
 // Element types: 0 = float32, 1 = bfloat16.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "common.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 2048;      // elements per block, and per row of the random stream
-constexpr int64_t PARALLEL = 32768;  // fewer elements than this stay on one thread
 constexpr float NEAREST = 12582912.0f;  // 1.5 * 2^23: y + NEAREST rounds |y| <= 2^15 to an integer, ties to even
-constexpr int32_t MAGNITUDE = 0x7FFFFFFF, INFINITE = 0x7F800000;
-
-using std::int64_t;
-
-inline int32_t as_int(float x) { int32_t i; std::memcpy(&i, &x, 4); return i; }
-inline float as_float(int32_t i) { float x; std::memcpy(&x, &i, 4); return x; }
-
-inline uint32_t mix(uint32_t h) {
-    h ^= h >> 16; h *= 0x7feb352du;
-    h ^= h >> 15; h *= 0x846ca68bu;
-    return h ^ (h >> 16);
-}
-
-inline uint32_t row_seed(uint64_t seed, int64_t row) {
-    return mix(mix(static_cast<uint32_t>(row) ^ mix(static_cast<uint32_t>(seed))) + static_cast<uint32_t>(seed >> 32));
-}
-
-inline float read(const float* x, int64_t i) { return x[i]; }
-inline float read(const uint16_t* x, int64_t i) {
-    return as_float(static_cast<int32_t>(static_cast<uint32_t>(x[i]) << 16));
-}
-
-inline void write(float* x, int64_t i, int32_t bits) { x[i] = as_float(bits); }
-inline void write(uint16_t* x, int64_t i, int32_t bits) {
-    x[i] = static_cast<uint16_t>(static_cast<uint32_t>(bits) >> 16);
-}
 
 // What is added to the bits of a multiple of the scale before its lower half is cut off. Rounding a bfloat16 number to
 // such a multiple leaves it at most its 8 bits, so that nothing is lost. Only 2^(N-1) - 1, where values saturate, may
@@ -59,7 +28,7 @@ inline float in_units(float x, const Range& r) {  // NaN passes both comparisons
 inline int16_t integer(float y) { return static_cast<int16_t>(as_int(y + NEAREST)); }
 
 inline float stochastic(float y, int64_t j, uint32_t seed) {
-    const int32_t u = static_cast<int32_t>(mix(static_cast<uint32_t>(j) * 0x9E3779B9u + seed) >> 9);  // 23 bits
+    const int32_t u = random_23(j, seed);
     const float a = std::fabs(y), lower = std::floor(a);
     return std::copysign(lower + (static_cast<float>(u) < (a - lower) * 8388608.0f ? 1.0f : 0.0f), y);
 }
@@ -139,13 +108,13 @@ void eff_integer_encode(const void* x, int type, int64_t n, const float* scale, 
                   : encode(static_cast<const uint16_t*>(x), n, r, stochastic != 0, seed, codes, threads);
     const bool sound = top < INFINITE && std::isfinite(*scale);
     if (!sound) std::memset(codes, 0, 2 * n);
-    *kept = sound ? *scale : as_float(0x7FC00000);
+    *kept = sound ? *scale : as_float(NOT_A_NUMBER);
     if (observed) *observed = as_float(top);
 }
 
 // x <- clamp(round(x / *scale)) * *scale in place, element by element; elements that are not finite stay as they are.
 void eff_round_to_scale(void* x, int type, int64_t n, const float* scale, int bits, float* observed, int threads) {
-    const float unit = std::isnan(*scale) ? as_float(0x7FC00000) : *scale;  // to_nearest would carry a full payload
+    const float unit = std::isnan(*scale) ? as_float(NOT_A_NUMBER) : *scale;  // to_nearest would carry a full payload
     const Range r = range_of(unit, bits, false);
     const int32_t top = type == 0 ? round_all(static_cast<float*>(x), n, r, unit, threads)
                                   : round_all(static_cast<uint16_t*>(x), n, r, unit, threads);

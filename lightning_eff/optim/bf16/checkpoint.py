@@ -12,9 +12,8 @@ from torch import Tensor
 from lightning_eff.checks import NotAllowedError, Place
 from lightning_eff.errors import EffWarning
 from lightning_eff.methods.state import UPDATES, TensorOf, damaged, read_state
+from lightning_eff.optim.bf16.kept import KEPT
 
-KEPT: dict[str, tuple[str, torch.dtype]] = {"kahan": ("compensation", torch.bfloat16), "split": ("lo", torch.int16)}
-"""update -> key in the optimizer's state of a parameter, and the dtype of what is kept there."""
 SCALARS = "bf16"
 """Key of the optimizer's ``state_dict`` with the update, the seed and the number of steps."""
 _REMOVE = f"[state.pop({SCALARS!r}, None) for state in checkpoint['optimizer_states']]"

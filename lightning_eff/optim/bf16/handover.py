@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_eff.optim.bf16.checkpoint import KEPT
+from lightning_eff.optim.bf16.kept import KEPT
 from lightning_eff.optim.bf16.wrapper import ShadowedOptimizer
 
 Left = tuple[list[Any], dict[int, tuple[Tensor, dict[str, Tensor]]]]
@@ -20,12 +20,12 @@ Left = tuple[list[Any], dict[int, tuple[Tensor, dict[str, Tensor]]]]
 
 
 def versions(optimizers: Iterable[Optimizer]) -> dict[int, int]:
-    """How often each parameter has been written to; another number later means that somebody else has."""
+    """Return how often each parameter has been written to; another number later means that somebody else has."""
     return {id(p): p._version for p in _parameters(optimizers)}
 
 
 def left_by(optimizers: Sequence[Optimizer], unchanged: Mapping[int, int]) -> Left:
-    """What the optimizers keep for the parameters whose version is still that in ``unchanged``."""
+    """Return what the optimizers keep for the parameters whose version is still that in ``unchanged``."""
     ours = [optimizer for optimizer in optimizers if isinstance(optimizer, ShadowedOptimizer)]
     kept = {}
     for optimizer in ours:
@@ -33,16 +33,16 @@ def left_by(optimizers: Sequence[Optimizer], unchanged: Mapping[int, int]) -> Le
             state = optimizer.state.get(p, {})
             if unchanged.get(id(p)) == p._version:
                 kept[id(p)] = p, {key: state[key] for key, _ in KEPT.values() if key in state}
-    return [dict(optimizer._bf16) for optimizer in ours], kept
+    return [dict(optimizer.bf16_numbers) for optimizer in ours], kept
 
 
 def hand_over(left: Left, optimizers: Sequence[Optimizer]) -> list[Any]:
     """Give it to the new optimizers, in the same order, for the same parameters; return the scalars they had."""
     scalars, kept = left
-    new = [dict(optimizer._bf16) for optimizer in optimizers if isinstance(optimizer, ShadowedOptimizer)]
+    new = [dict(optimizer.bf16_numbers) for optimizer in optimizers if isinstance(optimizer, ShadowedOptimizer)]
     for optimizer, old in zip(optimizers, scalars, strict=False):
         if isinstance(optimizer, ShadowedOptimizer) and old["update"] == optimizer.update:
-            optimizer._bf16.update(old)
+            optimizer.bf16_numbers.update(old)
             for p in _parameters([optimizer]):
                 if id(p) in kept and p not in optimizer.state:
                     optimizer.state[p] = dict(kept[id(p)][1])
@@ -53,7 +53,7 @@ def take_back(new: Sequence[Any], optimizers: Sequence[Optimizer]) -> None:
     """Give the optimizers their own scalars again; what was kept goes when a checkpoint's state is loaded."""
     for optimizer, own in zip(optimizers, new, strict=False):
         if isinstance(optimizer, ShadowedOptimizer):
-            optimizer._bf16.update(own)
+            optimizer.bf16_numbers.update(own)
 
 
 def _parameters(optimizers: Iterable[Optimizer]) -> Iterable[Tensor]:

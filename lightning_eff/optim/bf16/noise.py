@@ -9,21 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-MASK64 = (1 << 64) - 1
+from lightning_eff.functional.random import GOLDEN64, mix64
 
 
 def stream_of(name: str) -> int:
-    """The number of the random stream of the parameter called ``name``: the same in every process."""
+    """Return the number of the random stream of the parameter called ``name``: the same in every process."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1  # fits int64
 
 
 def noise_seed(seed: int, step: int, stream: int) -> int:
-    """A 64-bit seed for each step and stream (splitmix64, twice)."""
+    """Return a 64-bit seed for each step and stream (splitmix64, twice)."""
     for number in (step + 1, stream + 1):
-        seed = (seed + number * 0x9E3779B97F4A7C15) & MASK64
-        seed = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-        seed = ((seed ^ (seed >> 27)) * 0x94D049BB133111EB) & MASK64
-        seed ^= seed >> 31
+        seed = mix64(seed + number * GOLDEN64)
     return seed
 
 
@@ -39,7 +36,7 @@ class Streams(dict[Tensor, int]):
                     self[p] = stream_of(name)
 
     def of(self, every: Sequence[Tensor]) -> list[int]:
-        """The numbers of all parameters; whoever has none gets its place, or the next number that is free."""
+        """Return the numbers of all parameters; whoever has none gets its place, or the next number that is free."""
         taken = set(self.values())
         for place, p in enumerate(every):
             if p not in self:

@@ -22,9 +22,8 @@ References:
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +31,17 @@ from torch.optim import Optimizer
 
 from lightning_eff.checks import Choice, check
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
-from lightning_eff.kernels.bf16 import SGDRule, join_fp32, sgd_step, write_kahan, write_split, write_stochastic
-from lightning_eff.optim.bf16.checkpoint import KEPT, SCALARS, read_updates
-from lightning_eff.optim.bf16.noise import MASK64, Streams, noise_seed
-from lightning_eff.optim.bf16.shadows import Room, empty_shadow, widened
+from lightning_eff.functional.random import MASK64
+from lightning_eff.optim.bf16.checkpoint import SCALARS, read_updates
+from lightning_eff.optim.bf16.exchange import exchanged
+from lightning_eff.optim.bf16.kept import KEPT
+from lightning_eff.optim.bf16.noise import Streams, noise_seed
+from lightning_eff.optim.bf16.sgd import update_at_once
+from lightning_eff.optim.bf16.shadows import on_shadows, parts_of
 from lightning_eff.optim.bf16.states import widen_states
 
 Update = Literal["sr", "kahan", "split"]
 UPDATES: tuple[str, ...] = get_args(Update)
-_PART = 1 << 20
-"""Elements that one call of a torch optimizer updates, unless a single parameter is larger."""
-
 OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 
@@ -105,13 +104,14 @@ def bf16_updates(
         del optimizer.__dict__["step"]  # a scheduler's counter around the old step; ours counts for schedulers itself
     original = type(optimizer)
     optimizer.__class__ = _shadowed(original)
-    optimizer._bf16 = {  # type: ignore[attr-defined]
+    made = cast("ShadowedOptimizer", optimizer)
+    made.bf16_numbers = {
         "update": update,
         "seed": (torch.initial_seed() if seed is None else seed) & MASK64,
         "steps": 0,
     }
-    optimizer._streams = Streams()  # type: ignore[attr-defined]
-    optimizer.identify(names or {})  # type: ignore[attr-defined]
+    made.bf16_streams = Streams()
+    made.identify(names or {})
     widen_states(optimizer, original)
     return optimizer
 
@@ -146,11 +146,12 @@ def _step(self: ShadowedOptimizer, closure: Callable[[], Any] | None = None, *ar
         with torch.enable_grad():
             loss = closure()
     seeds = self._seeds()
-    for part in self._parts(seeds, self._update_at_once(seeds)):
+    done = update_at_once(self, self.update, seeds) if self._original is torch.optim.SGD else ()
+    for part in parts_of(seeds, self._original, done):
         given = () if closure is None else (_Evaluated(self, loss),)
-        with self._on_shadows(part):
+        with on_shadows(self, self._original, self.update, part):
             result = self._original_step(*given, *args, **kwargs)
-    self._bf16["steps"] += 1
+    self.bf16_numbers["steps"] += 1
     return result
 
 
@@ -163,10 +164,15 @@ for _mark in ("hooked", *_SCHEDULER_MARKS):
 
 
 class ShadowedOptimizer(Optimizer):
-    """What :func:`bf16_updates` puts before the class of an optimizer. Never constructed by itself."""
+    """What :func:`bf16_updates` puts before the class of an optimizer. Never constructed by itself.
 
-    _bf16: dict[str, Any]
-    _streams: Streams
+    Attributes:
+        bf16_numbers: the update, the seed of the noise, and how many steps have been taken.
+        bf16_streams: which random stream each parameter has.
+    """
+
+    bf16_numbers: dict[str, Any]
+    bf16_streams: Streams
     _original: type[Optimizer]
     _opt_called: bool
     _step_count: int
@@ -176,7 +182,7 @@ class ShadowedOptimizer(Optimizer):
     @property
     def update(self) -> str:
         """``"sr"``, ``"kahan"`` or ``"split"``."""
-        return str(self._bf16["update"])
+        return str(self.bf16_numbers["update"])
 
     def _original_step(self, *args: Any, **kwargs: Any) -> Any:
         step: Any = self._original.step
@@ -185,158 +191,31 @@ class ShadowedOptimizer(Optimizer):
 
     # ------------------------------------------------------------------------------------------ one step
 
-    @property
-    def _by_itself(self) -> bool:
-        """Whether the step treats each parameter by itself and keeps no reference to it, as torch's own do."""
-        return self._original.__module__.startswith("torch.optim.")
-
     def identify(self, names: Mapping[Tensor, str]) -> None:
         """Name the parameters that have taken no step yet and have no name: those of groups that were added."""
-        self._streams.name(self.param_groups, names)
+        self.bf16_streams.name(self.param_groups, names)
 
     def unidentified(self) -> list[Tensor]:
-        """The parameters that have neither name nor place yet."""
-        return [p for p in self._every() if p not in self._streams]
+        """Return the parameters that have neither name nor place yet."""
+        return [p for p in self._every() if p not in self.bf16_streams]
 
     def _seeds(self) -> dict[Tensor, int]:
         """Every parameter, and the seed of its stochastic rounding in this step."""
         every = self._every()
         if self.update != "sr":
             return dict.fromkeys(every, 0)
-        seed, step, streams = self._bf16["seed"], self._bf16["steps"], self._streams.of(every)
+        seed, step, streams = self.bf16_numbers["seed"], self.bf16_numbers["steps"], self.bf16_streams.of(every)
         return {p: noise_seed(seed, step, stream) for p, stream in zip(every, streams, strict=True)}
 
     def _every(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _update_at_once(self, seeds: Mapping[Tensor, int]) -> set[Tensor]:
-        """Update in one pass over memory what can be: plain SGD, with the bits that shadows give. Return what was."""
-        done: set[Tensor] = set()
-        if self._original is not torch.optim.SGD:
-            return done
-        for group in self.param_groups:
-            numbers = {name: group[name] for name in SGDRule.__dataclass_fields__}
-            plain = all(isinstance(number, int | float) for number in numbers.values())  # no tensors
-            if plain and not group["fused"] and not group["differentiable"]:
-                rule = SGDRule(**numbers)
-                done.update(p for p in group["params"] if self._sgd_at_once(p, rule, seeds[p]))
-        return done
-
-    def _sgd_at_once(self, p: Tensor, rule: SGDRule, seed: int) -> bool:
-        """Update ``p``, or return False and change nothing."""
-        if type(p) is not nn.Parameter or type(p.grad) is not Tensor or p.grad.layout is not torch.strided:
-            return False
-        if not p.dtype is p.grad.dtype is torch.bfloat16:
-            return False
-        kept, buffer, update = self._take_kept(p), None, self._bf16["update"]
-        if rule.momentum:
-            buffer = self.state[p].get("momentum_buffer")
-        first = buffer is None
-        if rule.momentum and buffer is None:
-            buffer = torch.empty(p.shape, dtype=torch.float32, device=p.device)
-        done = sgd_step(rule, p, kept, p.grad, buffer, update=update, first=first, seed=seed)
-        if update in KEPT:
-            self.state[p][KEPT[update][0]] = kept
-        if done and buffer is not None:
-            self.state[p]["momentum_buffer"] = buffer
-        return done
-
-    def _parts(self, seeds: Mapping[Tensor, int], done: Container[Tensor] = ()) -> list[dict[Tensor, int]]:
-        """Which parameters (and their seeds) are updated together: as few as are worth a call, or all.
-
-        torch's own optimizers treat each parameter by itself, so their step may run over a few at a time. Of others
-        that is not known: they see all at once. Those that are ``done`` are left out.
-        """
-        every = {p: seed for p, seed in seeds.items() if p not in done}
-        if not self._by_itself:
-            return [every]
-        parts: list[dict[Tensor, int]] = [{}]
-        size = 0
-        for p, seed in every.items():
-            if p.grad is not None:
-                numel = p.numel() if p.dtype is torch.bfloat16 else 0
-                if size and size + numel > _PART:
-                    parts.append({})
-                    size = 0
-                parts[-1][p] = seed
-                size += numel
-        return parts
-
-    @contextlib.contextmanager
-    def _on_shadows(self, part: dict[Tensor, int]) -> Iterator[None]:
-        """Put shadows in the places of the bfloat16 parameters that have a gradient; write back what they became."""
-        shadows: dict[Tensor, nn.Parameter] = {}
-        kept: dict[Tensor, Tensor] = {}
-        halves = [p for p in part if p.dtype is torch.bfloat16 and p.grad is not None]
-        room = Room(halves if self._by_itself else [])
-        with torch.no_grad():
-            for p in halves:
-                kept[p] = self._take_kept(p)
-                # torch's CPU addition of a sparse tensor writes past a tensor that does not start its storage.
-                dense = p.grad is not None and p.grad.layout is torch.strided
-                shadows[p] = nn.Parameter(self._widen(p, kept[p], room.take(p) if dense else empty_shadow(p)))
-                shadows[p].grad = widened(p.grad, room)
-        done = False
-        try:
-            with self._exchanged({p: shadows.get(p, p) for p in part}):
-                yield
-            done = True
-        finally:
-            with torch.no_grad():
-                for p in list(shadows):
-                    shadow = shadows.pop(p)
-                    if done:
-                        self._write(p, shadow, kept[p], part[p])
-                    if self.update in KEPT:
-                        self.state[p][KEPT[self.update][0]] = kept[p]
-
-    @contextlib.contextmanager
-    def _exchanged(self, places: Mapping[Tensor, Tensor]) -> Iterator[None]:
-        """Let ``places[p]`` stand for ``p`` in the parameter groups and in the state; hide what is not in it."""
-        lists = [(group["params"], list(group["params"])) for group in self.param_groups]
-        for params, originals in lists:
-            params[:] = [places[p] for p in originals if p in places]
-        self._rename(places)
-        try:
-            yield
-        finally:
-            for params, originals in lists:
-                params[:] = originals
-            self._rename({stand_in: p for p, stand_in in places.items()})
-
-    def _rename(self, names: Mapping[Any, Any]) -> None:
-        for old, new in names.items():
-            if old in self.state and (state := self.state.pop(old)):
-                self.state[new] = state
-
-    def _take_kept(self, p: Tensor) -> Tensor:
-        """What the update keeps for ``p``, taken out of the optimizer's state: optimizers start where that is empty."""
-        if self.update not in KEPT:
-            return p
-        key, dtype = KEPT[self.update]
-        kept = self.state[p].pop(key, None) if p in self.state else None
-        if kept is None:
-            return torch.zeros(p.shape, dtype=dtype, device=p.device)
-        return kept.to(p.device)  # type: ignore[no-any-return]
-
-    def _widen(self, p: Tensor, kept: Tensor, out: Tensor) -> Tensor:
-        return join_fp32(p, kept, out=out) if self.update == "split" else out.copy_(p.detach())
-
-    def _write(self, p: Tensor, shadow: Tensor, kept: Tensor, seed: int) -> None:
-        """Bring the float32 result into the bfloat16 parameter."""
-        if self.update == "sr":
-            write_stochastic(p, shadow, seed)
-        elif self.update == "kahan":
-            write_kahan(p, kept, shadow, is_sum=True)
-        else:
-            write_split(p, kept, shadow)
-
     # ------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, with what is kept for each parameter, the update, the seed, the steps and streams."""
-        streams = {"streams": self._streams.of(self._every())} if self.update == "sr" else {}
-        return {**super().state_dict(), SCALARS: self._bf16 | streams}
+        """Return the optimizer's state, with what is kept for each parameter, update, seed, steps and streams."""
+        streams = {"streams": self.bf16_streams.of(self._every())} if self.update == "sr" else {}
+        return {**super().state_dict(), SCALARS: self.bf16_numbers | streams}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly; a state of a plain optimizer, or of another update, is taken as far as it goes.
@@ -350,7 +229,7 @@ class ShadowedOptimizer(Optimizer):
         numbers = read_updates(state_dict, every, self.update)
         halves = [p for p in every if p.dtype is torch.bfloat16]
         stand_ins = {p: nn.Parameter(torch.empty(0, device=p.device, dtype=torch.float32)) for p in halves}
-        with self._exchanged({p: stand_ins.get(p, p) for p in every}):
+        with exchanged(self, {p: stand_ins.get(p, p) for p in every}):
             super().load_state_dict(state_dict)
         for p in halves:
             for update, (key, dtype) in KEPT.items():
@@ -359,12 +238,12 @@ class ShadowedOptimizer(Optimizer):
                     if update == self.update:
                         self.state[p][key] = kept.to(dtype)  # through float32, which holds either dtype exactly
         if numbers is not None:
-            self._bf16.update(seed=numbers["seed"], steps=numbers["steps"])
+            self.bf16_numbers.update(seed=numbers["seed"], steps=numbers["steps"])
             if self.update == numbers["update"] == "sr":
-                self._streams.load(every, numbers["streams"])
+                self.bf16_streams.load(every, numbers["streams"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_bf16": dict(self._bf16), "_streams": self._streams}
+        return {**super().__getstate__(), "bf16_numbers": dict(self.bf16_numbers), "bf16_streams": self.bf16_streams}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._original,), self.__getstate__()

@@ -1,86 +1,168 @@
-"""What a low-precision format is to the layers: how the three roles of a product are encoded."""
+"""What a low-precision format is to the layers: its options, and how the three roles of a product are encoded.
+
+A format's options and the format itself lie in one file (``luq.py``: ``LUQOptions`` and ``LUQFormat``). Of the layers a
+format knows no more than :class:`LayerView`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_eff.checks import ON_NONFINITE, Choice, Names, Rule, Whole, YesNo, checked
 from lightning_eff.functional.codes import Codes
-from lightning_eff.precision.formats.history import Memory
+from lightning_eff.precision.formats.history import History
+from lightning_eff.runtime.finite import OnNonFinite
+from lightning_eff.runtime.seeds import SeedStream
 
-if TYPE_CHECKING:
-    from lightning_eff.precision.layers.state import LayerState
+Products = Literal["auto", "native", "emulated"]
 
 
 class SavedInput(NamedTuple):
-    """A layer's input as kept for backward: its codes as bytes, and their scales (with what else the format needs)."""
+    """Holds a layer's input as kept for backward: codes as bytes, and their scales with what else there is."""
 
     packed: Tensor
     scale: Tensor
 
 
 class WeightCodes(NamedTuple):
-    """Codes of a weight (O, I): for the product over I (output) and the one over O (input gradient), often one."""
+    """Holds the codes of a weight (O, I): for the product over I (output) and over O (input gradient)."""
 
     forward: Codes
     backward: Codes
 
 
 class GradCodes(NamedTuple):
-    """Codes of an output gradient: for the input gradient, and samples whose mean the weight gradient takes."""
+    """Holds the codes of a gradient: for the input gradient, and samples whose mean the weight gradient takes."""
 
     to_input: Codes
     to_weight: list[Codes]
 
 
+class LayerView(Protocol):
+    """Shows a format what it may know of the layer whose tensors it encodes."""
+
+    @property
+    def histories(self) -> Mapping[str, History]:
+        """The layer's histories by role, as :meth:`Format.histories` made them."""
+
+    @property
+    def seeds(self) -> SeedStream:
+        """The stream of rounding seeds."""
+
+    @property
+    def step(self) -> int:
+        """The optimizer step under way."""
+
+    @property
+    def written(self) -> Mapping[int, float]:
+        """Address of a weight -> scale of the grid it was written on; empty where weights are float32."""
+
+
 class Format(ABC):
-    """How a method encodes the three roles of a product; see ``precision/luq_format.py`` for one.
+    """Encodes the three roles of a product in the way of one method.
 
     Codes lie in shared buffers: they are good until the next tensor of the same role is encoded. A linear layer's
     tensors come as matrices, a convolution's as (N, D, H, W, C) and its weight as torch stores it.
     """
 
+    units: ClassVar[tuple[str, str]] = ("native", "emulated")
+    """What native and other products run on, for people."""
     nibbles: int = 2
     """Half bytes kept for backward per element of an input."""
     one_code_for_all: bool = True
     """Whether the codes kept of an input are those of the output: then layers that read one input share them."""
 
+    @property
+    def operands(self) -> str:
+        """The formats of input, weight and gradient, for people."""
+        return type(self).__name__
+
     @abstractmethod
     def native(self, device: torch.device) -> bool:
-        """Whether products of these codes run on units made for them on ``device``."""
+        """Return whether products of these codes run on units made for them on ``device``."""
 
-    def memories(self) -> dict[str, Memory]:
-        """A new layer's memories by role; empty for formats that look at each tensor alone."""
+    def histories(self) -> dict[str, History]:
+        """Return a new layer's histories by role; none for formats that look at each tensor alone."""
         return {}
 
     def saved_scales(self, columns: int | None) -> int:
-        """Numbers in ``SavedInput.scale`` for a matrix of so many columns, or for a convolution's input (None)."""
+        """Return the count of numbers in ``SavedInput.scale``.
+
+        Args:
+            columns: of the input matrix; None for a convolution's input.
+        """
         return 1
 
     @abstractmethod
-    def encode_weight(self, weight: Tensor, state: LayerState) -> WeightCodes:
-        """Codes of a weight; tensors of their own, because they are kept until the weight changes."""
+    def encode_weight(self, weight: Tensor, layer: LayerView) -> WeightCodes:
+        """Encode a weight into tensors of their own, because they are kept until the weight changes."""
 
     @abstractmethod
-    def encode_input(self, x: Tensor, state: LayerState, *, save: bool) -> tuple[Codes, SavedInput | None]:
-        """Codes of a layer's input, and what backward needs of it if ``save``."""
+    def encode_input(self, x: Tensor, layer: LayerView, *, save: bool) -> tuple[Codes, SavedInput | None]:
+        """Encode a layer's input; return its codes, and what backward needs of it if ``save``."""
 
     @abstractmethod
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
-        """The codes the weight gradient needs, from what was kept."""
+        """Return the codes the weight gradient needs, from what was kept."""
 
     @abstractmethod
-    def encode_grad(self, grad: Tensor, state: LayerState) -> GradCodes:
-        """Codes of an output gradient."""
+    def encode_grad(self, grad: Tensor, layer: LayerView) -> GradCodes:
+        """Encode an output gradient."""
 
-    def store(self, result: Tensor, role: str, state: LayerState) -> Tensor:
-        """What is kept of a product's ``result``; roles are ``"output"``, ``"input_grad"`` and ``"weight_grad"``."""
+    def store(self, result: Tensor, role: str, layer: LayerView) -> Tensor:
+        """Return what is kept of a product's ``result``.
+
+        Args:
+            result: of the product, with bias.
+            role: ``"output"``, ``"input_grad"`` or ``"weight_grad"``.
+            layer: whose product it is.
+        """
         return result
 
     @abstractmethod
-    def grad_figures(self, grad: Tensor, codes: Codes, state: LayerState) -> dict[str, Tensor]:
-        """Figures of a sampled step, by metric name."""
+    def grad_figures(self, grad: Tensor, codes: Codes, layer: LayerView) -> dict[str, Tensor]:
+        """Return the gradient's figures of a sampled step, by metric name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions(ABC):
+    """Holds the options every method with converted layers has, checked.
+
+    Raises:
+        ConfigurationError: an option is outside its range.
+    """
+
+    exempt: Sequence[str] = ()
+    exempt_first_last: bool = True
+    pack_relu: bool = True
+    products: Products = "auto"
+    measure_every_n_steps: int = 1000
+    on_nonfinite: OnNonFinite = "raise"
+
+    RULES: ClassVar[Mapping[str, Rule]] = {
+        "exempt": Names(),
+        "exempt_first_last": YesNo(),
+        "pack_relu": YesNo(),
+        "products": Choice(*get_args(Products)),
+        "measure_every_n_steps": Whole(),
+        "on_nonfinite": ON_NONFINITE,
+    }
+    """What each option may be."""
+
+    def __post_init__(self) -> None:
+        for name, value in checked(self.RULES, self.__dict__).items():
+            object.__setattr__(self, name, value)
+
+    @abstractmethod
+    def format(self) -> Format:
+        """Return the format these options ask for."""
+
+    def too_slow(self, shape: Sequence[int], device: torch.device) -> str:
+        """Return why a layer with a weight of this shape is left alone on ``device``, for people; mostly empty."""
+        return ""

@@ -10,46 +10,44 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_eff.errors import EffWarning
-from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.errors import EffWarning, InternalError
 from lightning_eff.runtime.ranks import world_size
 
 
 class Estimate(Protocol):
-    """A prediction from the past; plain numbers."""
+    """Predicts from the past; plain numbers."""
 
-    def update(self, *observed: float) -> object:
-        """Take in what one optimizer step has shown; not finite where the step was broken."""
+    @property
+    def update(self) -> Callable[..., object]:
+        """Take in the numbers one optimizer step has shown; not finite where the step was broken."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Return plain numbers."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
 
 
-def keys_of_variants(info: MethodInfo) -> set[str]:
-    """The state keys of the methods that share a class: a run may go on with another variant."""
-    return {key for row in METHODS.values() if row.class_name == info.class_name for key in row.state_keys}
+Kind = TypeVar("Kind")
 
 
-def warn_of_other_layers(method: str, memory: Mapping[str, Any], remembering: Collection[str]) -> None:
+def warn_of_other_layers(method: str, saved: Mapping[str, Any], predicting: Collection[str]) -> None:
     """Warn of a checkpoint that does not remember the same layers as this run: their estimates begin anew.
 
     Args:
         method: whose checkpoint it is.
-        memory: what it remembers, by layer.
-        remembering: the layers of this run that do; none if the model is not converted yet, or does without.
+        saved: the estimates it holds, by layer.
+        predicting: the layers of this run that have estimates; none if the model is not converted yet, or does without.
     """
-    forgotten = sorted(set(remembering) - set(memory))
-    gone = sorted(set(memory) - set(remembering))
+    forgotten = sorted(set(predicting) - set(saved))
+    gone = sorted(set(saved) - set(predicting))
     if forgotten:
         other = f" It remembers others, which are left out: {', '.join(gone[:8])}." if gone else ""
         warnings.warn(
@@ -60,20 +58,30 @@ def warn_of_other_layers(method: str, memory: Mapping[str, Any], remembering: Co
         )
 
 
-class Memory:
-    """One role's estimate, and what has been observed since the last optimizer step.
+class History:
+    """Keeps one role's estimate, and what has been observed since the last optimizer step.
 
     Args:
         estimate: what is updated.
         numbers: how many numbers one observation has.
     """
 
-    def __init__(self, estimate: Any, numbers: int = 1) -> None:
+    def __init__(self, estimate: Estimate, numbers: int = 1) -> None:
         self.estimate = estimate
         self.numbers = numbers
         self.seen: Tensor | None = None
         self.learned = False
         """Whether the estimate comes from an optimizer step; some begin with the first tensor they see."""
+
+    def estimate_as(self, kind: type[Kind]) -> Kind:
+        """Return the estimate as the format that made it knows it.
+
+        Raises:
+            InternalError: it is of another kind.
+        """
+        if not isinstance(self.estimate, kind):
+            raise InternalError(f"internal error: {type(self.estimate).__name__} is no {kind.__name__}")
+        return self.estimate
 
     def observe(self, values: Tensor) -> None:
         """Take in an observation, shape () or (numbers,), on any device; nothing is synchronised."""
@@ -90,36 +98,36 @@ class Memory:
         self.seen = None
 
 
-def learned(memories: Mapping[str, Memory], new: Mapping[str, Memory]) -> dict[str, Memory]:
-    """``memories``, with new ones where no optimizer step has shown anything: an evaluation leaves no trace."""
-    return {role: memory if memory.learned else new[role] for role, memory in memories.items()}
+def learned(histories: Mapping[str, History], new: Mapping[str, History]) -> dict[str, History]:
+    """Return ``histories``, new ones where no optimizer step has shown anything: an evaluation leaves no trace."""
+    return {role: history if history.learned else new[role] for role, history in histories.items()}
 
 
 _NOTHING = -math.inf
 
 
-def advance(memories: Sequence[Memory], device: torch.device, *, replicas: int | None = None) -> None:
+def advance(histories: Sequence[History], device: torch.device, *, replicas: int | None = None) -> None:
     """Update every estimate with what was observed in the step; one synchronisation, one all-reduce with more ranks.
 
     Args:
-        memories: equally many in the same order on every rank; one that several layers share may come several times.
+        histories: equally many in the same order on every rank; one that several layers share may come several times.
         device: where the ranks' collective runs.
         replicas: with 1 the ranks hold different layers and nothing is reduced; None for one replica on every rank.
     """
-    if not memories:
+    if not histories:
         return
     parts = [
-        torch.full((m.numbers,), _NOTHING, dtype=torch.float32, device="cpu") if m.seen is None else m.seen
-        for m in memories
+        torch.full((h.numbers,), _NOTHING, dtype=torch.float32, device="cpu") if h.seen is None else h.seen
+        for h in histories
     ]
     ranks = replicas != 1 and world_size() > 1
     seen = torch.cat([part.to(device) for part in parts])
     seen = torch.where(seen.isnan(), torch.inf, seen)  # every backend agrees on the largest of these
     if ranks:
         dist.all_reduce(seen, dist.ReduceOp.MAX)
-    observed = dict(zip(memories, seen.cpu().split([m.numbers for m in memories]), strict=True))
-    for memory, values in observed.items():
-        memory.forget()
+    observed = dict(zip(histories, seen.cpu().split([h.numbers for h in histories]), strict=True))
+    for history, values in observed.items():
+        history.forget()
         if (found := values.tolist())[0] != _NOTHING:
-            memory.estimate.update(*found)
-            memory.learned = True
+            history.estimate.update(*found)
+            history.learned = True

@@ -22,11 +22,11 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_eff.precision.layers.linear import apply_linear
 from lightning_eff.precision.layers.state import LayerState
-from lightning_eff.precision.layers.twins import STATE, Twin, active_state, plain_of, takes
+from lightning_eff.precision.layers.twins import STATE, Twin, active_state, run_plain, takes
 
 
 class AttentionTwin(Twin, nn.MultiheadAttention):
-    """:class:`torch.nn.MultiheadAttention` with quantised projections. ``out_proj`` has a state of its own."""
+    """Runs :class:`torch.nn.MultiheadAttention` with quantised projections; ``out_proj`` has a state of its own."""
 
     CALLED = (*Twin.CALLED, "merge_masks")
 
@@ -51,7 +51,7 @@ AttentionTwin.forward.__wrapped__ = nn.MultiheadAttention.forward  # type: ignor
 
 
 def _attend(
-    module: Any,
+    module: nn.MultiheadAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -68,11 +68,10 @@ def _attend(
     nested = query.is_nested or key.is_nested or value.is_nested
     if state is not None and not nested and has_torch_function((query, key, value)):
         arguments = (module, query, key, value, key_padding_mask, *flags)
-        return handle_torch_function(_attend, (query, key, value), *arguments)  # type: ignore[no-any-return]
+        return handle_torch_function(_attend, (query, key, value), *arguments)
     takes_it = state is not None and not nested and _takes(module, state, query, key, value)
     if state is None or not takes_it or (is_causal and attn_mask is None):  # torch wants a mask and says so
-        plain = plain_of(module)
-        return plain.forward(module, query, key, value, key_padding_mask, *flags)  # type: ignore[no-any-return]
+        return run_plain(module, query, key, value, key_padding_mask, *flags)
     fused = _is_fused(module, query, key, value)
     batched = F._mha_shape_check(  # type: ignore[attr-defined]
         query, key, value, key_padding_mask, attn_mask, module.num_heads
@@ -102,8 +101,8 @@ def _attend(
     return out.contiguous() if fused else out, weights
 
 
-def _takes(module: Any, state: LayerState, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether all four projections are quantised now; torch computes or refuses the rest."""
+def _takes(module: nn.MultiheadAttention, state: LayerState, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether all four projections are quantised now; torch computes or refuses the rest."""
     packed, bias = module.in_proj_weight, module.in_proj_bias
     separate = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     parts = list(zip((query, key, value), separate if packed is None else (packed,) * 3, strict=True))
@@ -115,9 +114,9 @@ def _takes(module: Any, state: LayerState, query: Tensor, key: Tensor, value: Te
 
 
 def _project(
-    module: Any, state: LayerState, query: Tensor, key: Tensor, value: Tensor
+    module: nn.MultiheadAttention, state: LayerState, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, L, E) inputs -> three tensors (N, heads, L, head_dim); one product where the inputs are one tensor."""
+    """Project (N, L, E) inputs to three (N, heads, L, head_dim); one product where the inputs are one tensor."""
     weight, bias = module.in_proj_weight, module.in_proj_bias
     biases = (None, None, None) if bias is None else bias.chunk(3)
     if weight is not None and query is key and key is value:
@@ -132,7 +131,7 @@ def _project(
 
 
 def _mask(q: Tensor, k: Tensor, padding: Tensor | None, attention: Tensor | None) -> Tensor | None:
-    """The sum of both masks as numbers to add to the scores, broadcastable to (N, heads, L, S)."""
+    """Return the sum of both masks as numbers to add to the scores, broadcastable to (N, heads, L, S)."""
     padding = F._canonical_mask(padding, "key_padding_mask", F._none_or_dtype(attention), "attn_mask", q.dtype)
     mask = F._canonical_mask(attention, "attn_mask", None, "", q.dtype, check_other=False)
     images, heads, length, source = *q.shape[:3], k.shape[2]
@@ -151,9 +150,16 @@ def _mask(q: Tensor, k: Tensor, padding: Tensor | None, attention: Tensor | None
 
 
 def _scores(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, need_weights: bool
+    module: nn.MultiheadAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The context (N, heads, L, head_dim), and the weights (N, heads, L, S) if they are needed."""
+    """Return the context (N, heads, L, head_dim), and the weights (N, heads, L, S) if they are needed."""
     dropout = module.dropout if module.training else 0.0
     if not need_weights:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal), None
@@ -163,21 +169,21 @@ def _scores(
     return weights @ v, weights
 
 
-def _is_fused(module: Any, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether torch would take its fused inference path, whose result is contiguous."""
+def _is_fused(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Return whether torch would take its fused inference path, whose result is contiguous."""
     plain = not (module.training or torch.is_grad_enabled() or torch.is_autocast_enabled(query.device.type))
     fits = query is key and key is value and module.in_proj_bias is not None and module.num_heads % 2 == 0
     return plain and fits and module._qkv_same_embed_dim and torch.backends.mha.get_fastpath_enabled()
 
 
 def _is_fused_nested(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> bool:
-    """Whether torch's fused inference path takes this call with a nested tensor: then so do we."""
+    """Return whether torch's fused inference path takes this call with a nested tensor: then so do we."""
     same = query is key and key is value and query.is_nested and query.layout is torch.strided
     return same and all(mask is None for mask in masks) and not torch.is_grad_enabled()
 
 
-def _attend_nested(module: Any, query: Tensor, *flags: Any) -> tuple[Tensor, Tensor | None]:
-    """Self-attention over the parts of a nested tensor, by padding it."""
+def _attend_nested(module: nn.MultiheadAttention, query: Tensor, *flags: Any) -> tuple[Tensor, Tensor | None]:
+    """Attend over the parts of a nested tensor, by padding it."""
     padded, lengths = query.to_padded_tensor(0.0), query._nested_tensor_size()[:, 0]
     padding = (
         torch.arange(padded.shape[1], dtype=torch.int64, device=padded.device) >= lengths.to(padded.device)[:, None]

@@ -1,11 +1,16 @@
 """The quantised linear map and convolution: one forward and one backward each, for eager mode and for torch.compile.
 
-                                 luq4            fp8
-    y  = Q(x) . Q(w) + b        INT4 x INT4     E4M3 x E4M3
-    dx = Q(dy) . Q(w)           FP4 x INT4      E5M2 x E4M3
-    dw = Q(dy)^T . Q(x)         FP4 x INT4      E5M2 x E4M3, mean over the samples of a gradient
+                                     luq4            fp8
+    y  = Qa(x) Qw(w)^T + b          INT4 x INT4     E4M3 x E4M3
+    dx = Qg(dy) Qw(w)               FP4 x INT4      E5M2 x E4M3
+    dw = mean_n Qg_n(dy)^T Qa(x)    FP4 x INT4      E5M2 x E4M3, over the samples of a gradient
+    db = sum of dy over the rows    float32
 
-Kept for backward: the packed codes of x with their scale. The bias gradient is the exact sum of dy. Gradients pass the
+    x (rows, I) input, w (O, I) weight, b (O,) bias, y (rows, O) output; d. is the gradient of the loss by what follows.
+    Qa, Qw and Qg are the format's quantisers of activations, weights and gradients. A convolution's are the same, with
+    the patches of x as rows.
+
+Kept for backward: the packed codes Qa(x) with their scale. The bias gradient is the exact sum of dy. Gradients pass the
 quantisers of x and w unchanged (straight-through).
 
 In eager mode an ``autograd.Function`` runs the products. While torch.compile traces, the same code is reached through
@@ -16,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,13 +45,13 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _owned(y: Tensor) -> Tensor:
-    """``y`` as a tensor that is no view: the output of a Function that is one must not be written to in place."""
+    """Return ``y`` as a tensor that is no view: a Function's output that is one must not be written to in place."""
     if not y._is_view():
         return y
     return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
@@ -63,19 +69,29 @@ def _refuse_double_backward(state: LayerState) -> None:
 
 
 def _to_rows(x: Tensor) -> Tensor:
-    """(..., I) -> (rows, I)."""
+    """Reshape (..., I) to (rows, I)."""
     return x.reshape(-1, x.shape[-1])
 
 
 def linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, *, save: bool, share: bool = True
 ) -> tuple[Tensor, SavedInput | None, WeightCodes]:
-    """``x`` (..., I), ``weight`` (O, I) -> output (..., O), what backward needs of x, and the weight's codes."""
+    """Compute y of a linear map; return it, what backward needs of x, and the weight's codes.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        bias: (O,).
+        state: of the layer.
+        save: keep what backward needs of x.
+        share: take the codes of x from a layer that read it before.
+    """
     dtype = _result_dtype(x)
     with _no_autocast(x):
-        codes, saved = state.encode_input(x, _to_rows, save=save, share=share)
-        matrix = state.encode_weight(weight)
-        y = scaled_product(codes, matrix.forward.t(), native=state.native(x.device), bias=bias, dtype=dtype)
+        codes, saved = state.encode_input(x, _to_rows, save=save, share=share)  # Qa(x)
+        matrix = state.encode_weight(weight)  # Qw(w)
+        native = state.native(x.device)
+        y = scaled_product(codes, matrix.forward.t(), native=native, bias=bias, dtype=dtype)  # Qa(x) Qw(w)^T + b
         y = state.store(y, "output")
     return y.view(*x.shape[:-1], weight.shape[0]), saved, matrix
 
@@ -89,17 +105,27 @@ def linear_backward(
     w_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
 ) -> Grads:
-    """Gradients of input, weight and bias; ``None`` where not needed."""
+    """Return the gradients of a linear map by input, weight and bias; ``None`` where not needed.
+
+    Args:
+        grad: dy, (..., O).
+        saved: what the forward kept of x; None where the weight needs no gradient.
+        weight: the codes the forward used.
+        state: of the layer.
+        x_dtype: dtype of dx.
+        w_dtype: dtype of dw and db.
+        needs: which of dx, dw and db are needed.
+    """
     outputs, inputs = weight.backward.codes.shape
     flat = grad.reshape(-1, outputs)
     native = state.native(grad.device)
     dx = dw = None
     if needs[0] or needs[1]:
-        codes = state.encode_grad(flat)
-    if needs[0]:
+        codes = state.encode_grad(flat)  # Qg(dy)
+    if needs[0]:  # dx = Qg(dy) Qw(w)
         dx = scaled_product(codes.to_input, weight.backward, native=native, dtype=x_dtype)
         dx = state.store(dx, "input_grad").view(*grad.shape[:-1], inputs)
-    if needs[1] and saved is not None:
+    if needs[1] and saved is not None:  # dw = mean_n Qg_n(dy)^T Qa(x)
         x = state.restore_input(saved, (flat.shape[0], inputs))
         samples = codes.to_weight
         factor = 1 / len(samples)
@@ -110,7 +136,7 @@ def linear_backward(
 
 
 class LinearFunction(torch.autograd.Function):
-    """Eager form of the quantised linear map."""
+    """Records the quantised linear map in eager mode."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, train: bool) -> Tensor:
@@ -134,7 +160,7 @@ class LinearFunction(torch.autograd.Function):
 
 
 def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
-    """Quantised ``x @ weight.T + bias``; shapes as :func:`torch.nn.functional.linear`."""
+    """Return the quantised ``x @ weight.T + bias``; shapes as :func:`torch.nn.functional.linear`."""
     if torch.compiler.is_compiling():
         y: Tensor = torch.ops.lightning_eff.linear(
             x,
@@ -154,18 +180,24 @@ def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: Laye
 
 
 def _taps_before_channels(weight: Tensor) -> Tensor:
-    """(O, C, *kernel) -> (O, T, C)."""
+    """Arrange (O, C, *kernel) as (O, T, C)."""
     return weight.flatten(2).transpose(1, 2)
 
 
 def _to_last(x: Tensor) -> Tensor:
-    """(N, C, *space) -> contiguous (N, D, H, W, C), missing axes of size 1 in front."""
+    """Arrange (N, C, *space) as contiguous (N, D, H, W, C), missing axes of size 1 in front."""
     x = channels_last(x)
     return x.view(x.shape[0], *(1,) * (5 - x.dim()), *x.shape[1:])
 
 
+def triple(values: Sequence[int], missing: int) -> Triple:
+    """Return values of one to three axes as those of three, ``missing`` for the axes in front that are not there."""
+    z, y, x = (*(missing,) * (3 - len(values)), *values)
+    return z, y, x
+
+
 def channels_last_result(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> bool:
-    """Whether torch's convolution of these tensors, and its gradients, are channels-last; else they are contiguous."""
+    """Return whether torch's convolution of these tensors, and its gradients, are channels-last or contiguous."""
     dims = x.dim() - 2
     if dims == 1:
         return False
@@ -179,7 +211,7 @@ def channels_last_result(x: Tensor, weight: Tensor, bias: Tensor | None, geometr
 
 
 def encode_kernel(weight: Tensor, state: LayerState) -> Codes:
-    """Codes (O, T, C / groups) of a convolution's weight."""
+    """Encode a convolution's weight as (O, T, C / groups)."""
     return state.encode_weight(weight, arrange=_taps_before_channels).forward
 
 
@@ -194,15 +226,24 @@ def conv_forward_last(
     keep_last: bool,
     share: bool = True,
 ) -> tuple[Tensor, SavedInput | None, Codes]:
-    """``x`` (N, C, *space), ``weight`` (O, C / groups, *kernel) -> output, what backward needs, weight codes.
+    """Compute y of a convolution; return it, what backward needs of x, and the weight's codes.
 
-    ``keep_last`` is the memory format of the output, see :func:`channels_last_result`.
+    Args:
+        x: (N, C, *space).
+        weight: (O, C / groups, *kernel).
+        bias: (O,).
+        state: of the layer.
+        geometry: kernel, stride, padding, dilation and groups.
+        save: keep what backward needs of x.
+        keep_last: make the output channels-last, see :func:`channels_last_result`.
+        share: take the codes of x from a layer that read it before.
     """
     dtype = _result_dtype(x)
     with _no_autocast(x):
-        codes, saved = state.encode_input(x, _to_last, save=save, share=share)
-        kernel = encode_kernel(weight, state)
+        codes, saved = state.encode_input(x, _to_last, save=save, share=share)  # Qa(x)
+        kernel = encode_kernel(weight, state)  # Qw(w)
         native = state.native(x.device)
+        # y = Qa(x) Qw(w)^T + b over the patches of x
         y = conv_forward(codes, kernel, geometry, native=native, bias=bias, dtype=dtype, keep_last=keep_last)
         y = state.store(y, "output")
     space = y.shape[1:-1] if keep_last else y.shape[2:]
@@ -223,16 +264,30 @@ def conv_backward_last(
     *,
     keep_last: bool,
 ) -> Grads:
-    """Gradients of input, weight and bias; ``None`` where not needed. ``keep_last`` as in the forward."""
+    """Return the gradients of a convolution by input, weight and bias; ``None`` where not needed.
+
+    Args:
+        grad: dy, (N, O, *space').
+        saved: what the forward kept of x; None where the weight needs no gradient.
+        kernel: the weight's codes.
+        state: of the layer.
+        geometry: kernel, stride, padding, dilation and groups.
+        x_shape: of the input.
+        weight_shape: of the weight.
+        x_dtype: dtype of dx.
+        w_dtype: dtype of dw and db.
+        needs: which of dx, dw and db are needed.
+        keep_last: as in the forward.
+    """
     native, last = state.native(grad.device), _to_last(grad)
-    space: Triple = (*(1,) * (5 - len(x_shape)), *x_shape[2:])  # type: ignore[assignment]
+    space = triple(x_shape[2:], 1)
     dx = dw = None
     if needs[0] or needs[1]:
-        codes = state.encode_grad(last)
-    if needs[0]:
+        codes = state.encode_grad(last)  # Qg(dy)
+    if needs[0]:  # dx = Qg(dy) Qw(w), patches added where they overlap
         dx = conv_input_grad(codes.to_input, kernel, geometry, space, native=native, dtype=x_dtype, keep_last=keep_last)
         dx = images(state.store(dx, "input_grad"), x_shape[2:], last=keep_last)
-    if needs[1] and saved is not None:
+    if needs[1] and saved is not None:  # dw = mean_n Qg_n(dy)^T Qa(x), over the patches of x
         x = state.restore_input(saved, (x_shape[0], *space, x_shape[1]))
         samples = codes.to_weight
         parts = [
@@ -245,7 +300,7 @@ def conv_backward_last(
 
 
 class ConvFunction(torch.autograd.Function):
-    """Eager form of the quantised convolution."""
+    """Records the quantised convolution in eager mode."""
 
     @staticmethod
     def forward(
@@ -268,16 +323,24 @@ class ConvFunction(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         with _no_autocast(grad):
             x_shape, w_shape, x_dtype, w_dtype = ctx.rest
-            shapes, dtypes = (x_shape, w_shape), (x_dtype, w_dtype)
             grads = conv_backward_last(
-                *(grad, saved, ctx.codes, ctx.state, ctx.geometry, *shapes, *dtypes, needs),
+                grad,
+                saved,
+                ctx.codes,
+                ctx.state,
+                ctx.geometry,
+                x_shape,
+                w_shape,
+                x_dtype,
+                w_dtype,
+                needs,
                 keep_last=ctx.keep_last,
             )
         return *grads, None, None, None
 
 
 def quantized_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, geometry: Geometry) -> Tensor:
-    """Quantised convolution of a batched ``x`` (N, C, *space); zero padding only."""
+    """Return the quantised convolution of a batched ``x`` (N, C, *space); zero padding only."""
     if torch.compiler.is_compiling():
         numbers = [*geometry.kernel, *geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups]
         y: Tensor = torch.ops.lightning_eff.conv(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_eff.errors import InternalError
 from lightning_eff.kernels.geometry import Geometry, shared_geometry
 from lightning_eff.kernels.layout import images
 from lightning_eff.precision.formats.base import SavedInput
@@ -22,13 +23,13 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 def _geometry(numbers: Sequence[int]) -> Geometry:
-    kernel, stride, padding, dilation = (tuple(numbers[i : i + 3]) for i in (0, 3, 6, 9))
-    return shared_geometry(kernel, stride, padding, dilation, numbers[12])  # type: ignore[arg-type]
+    kernel, stride, padding, dilation = (functions.triple(numbers[i : i + 3], 1) for i in (0, 3, 6, 9))
+    return shared_geometry(kernel, stride, padding, dilation, numbers[12])
 
 
 def _outputs(y: Tensor, saved: SavedInput | None, dtype: torch.dtype) -> Outputs:
     if saved is None:  # pragma: no cover - save=True always returns the codes
-        raise RuntimeError("internal error: the input was not saved")
+        raise InternalError("internal error: the input was not saved")
     return y.to(dtype), saved.packed, saved.scale
 
 
@@ -47,7 +48,7 @@ def linear(
     nibbles: int,
     scales: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantised linear map: output, packed input and its scales."""
+    """Return a quantised linear map's output, packed input and its scales."""
     y, saved, _ = functions.linear_forward(x, weight, bias, state_of(handle), save=True, share=False)
     return _outputs(y, saved, dtype)
 
@@ -76,10 +77,10 @@ def linear_backward(
     x_dtype: torch.dtype,
     w_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias."""
-    saved, state, needs = SavedInput(packed, scale), state_of(handle), (True, True, True)
-    codes = state.encode_weight(weight)
-    return _all(functions.linear_backward(grad, saved, codes, state, x_dtype, w_dtype, needs))
+    """Return the gradients by input, weight and bias."""
+    state = state_of(handle)
+    saved, codes = SavedInput(packed, scale), state.encode_weight(weight)
+    return _all(functions.linear_backward(grad, saved, codes, state, x_dtype, w_dtype, (True, True, True)))
 
 
 @linear_backward.register_fake
@@ -123,15 +124,16 @@ def conv(
     nibbles: int,
     scales: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantised convolution: output, packed input and its scale."""
+    """Return a quantised convolution's output, packed input and its scale."""
+    state = state_of(handle)
     y, saved, _ = functions.conv_forward_last(
-        *(x, weight, bias, state_of(handle), _geometry(geometry)), save=True, keep_last=keep_last, share=False
+        x, weight, bias, state, _geometry(geometry), save=True, keep_last=keep_last, share=False
     )
     return _outputs(y, saved, dtype)
 
 
 def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype, *, keep_last: bool) -> Tensor:
-    """An empty (N, C, *space) tensor of that memory format."""
+    """Return an empty (N, C, *space) tensor of that memory format."""
     made = (shape[0], *shape[2:], shape[1]) if keep_last else shape
     return images(x.new_empty(made, dtype=dtype), shape[2:], last=keep_last)
 
@@ -149,7 +151,7 @@ def _(
     scales: int,
 ) -> Outputs:
     dims = x.dim() - 2
-    size = _geometry(geometry).out_size((*(1,) * (3 - dims), *x.shape[2:]))[3 - dims :]
+    size = _geometry(geometry).out_size(functions.triple(x.shape[2:], 1))[3 - dims :]
     y = _empty(x, (x.shape[0], weight.shape[0], *size), dtype, keep_last=keep_last)
     return _fake_outputs(y, x, nibbles, scales)
 
@@ -167,15 +169,22 @@ def conv_backward(
     w_dtype: torch.dtype,
     keep_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias."""
-    saved, state, needs = SavedInput(packed, scale), state_of(handle), (True, True, True)
-    kernel, shapes = functions.encode_kernel(weight, state), (torch.Size(x_shape), weight.shape)
-    dtypes = (x_dtype, w_dtype)
-    return _all(
-        functions.conv_backward_last(
-            *(grad, saved, kernel, state, _geometry(geometry), *shapes, *dtypes, needs), keep_last=keep_last
-        )
+    """Return the gradients by input, weight and bias."""
+    state = state_of(handle)
+    grads = functions.conv_backward_last(
+        grad,
+        SavedInput(packed, scale),
+        functions.encode_kernel(weight, state),
+        state,
+        _geometry(geometry),
+        torch.Size(x_shape),
+        weight.shape,
+        x_dtype,
+        w_dtype,
+        (True, True, True),
+        keep_last=keep_last,
     )
+    return _all(grads)
 
 
 @conv_backward.register_fake
@@ -199,7 +208,7 @@ def _(
 def _all(grads: functions.Grads) -> tuple[Tensor, Tensor, Tensor]:
     dx, dw, db = grads
     if dx is None or dw is None or db is None:  # every gradient was asked for
-        raise RuntimeError("internal error: a gradient is missing")
+        raise InternalError("internal error: a gradient is missing")
     return dx, dw, db
 
 

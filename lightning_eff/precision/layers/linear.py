@@ -11,15 +11,14 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from lightning_eff.kernels.geometry import Geometry, Triple, shared_geometry
-from lightning_eff.precision.layers.autograd import quantized_conv, quantized_linear
-from lightning_eff.precision.layers.sharded import own_class
+from lightning_eff.kernels.geometry import Geometry, shared_geometry
+from lightning_eff.precision.layers.autograd import quantized_conv, quantized_linear, triple
 from lightning_eff.precision.layers.state import LayerState
-from lightning_eff.precision.layers.twins import Twin, active_state, plain_of, takes
+from lightning_eff.precision.layers.twins import Twin, active_state, run_plain, takes
 
 
 class _StraightThrough(torch.autograd.Function):
-    """INT4 values of a weight forward, the gradient unchanged backward."""
+    """Gives the INT4 values of a weight forward, the gradient unchanged backward."""
 
     @staticmethod
     def forward(ctx: object, weight: Tensor, state: LayerState) -> Tensor:
@@ -31,13 +30,13 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def int4_weight(weight: Tensor, state: LayerState) -> Tensor:
-    """``weight`` on its INT4 levels, differentiable straight through: the fine-tuning phase of LUQ."""
+    """Return ``weight`` on its INT4 levels, differentiable straight through: the fine-tuning phase of LUQ."""
     result: Tensor = _StraightThrough.apply(weight, state)
     return result
 
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState) -> Tensor:
-    """A linear map in the phase ``state`` is in."""
+    """Apply a linear map in the phase ``state`` is in."""
     if state.weights_only:
         return F.linear(x, int4_weight(weight, state), bias)
     return quantized_linear(x, weight, bias, state)
@@ -54,28 +53,28 @@ def over_nested(run: Callable[[Tensor], Tensor], x: Any) -> Tensor:
 
 
 class LinearTwin(Twin):
-    """:class:`torch.nn.Linear` with quantised products."""
+    """Runs :class:`torch.nn.Linear` with quantised products."""
 
     if TYPE_CHECKING:
         weight: Tensor
         bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
+        """Map (..., I) to (..., O)."""
         if torch.jit.is_scripting():
             return F.linear(input, self.weight, self.bias)
         return _linear(self, input, self.weight, self.bias)
 
 
 class HFConv1DTwin(Twin):
-    """Hugging Face's ``Conv1D``, a linear map whose weight is stored (I, O), with quantised products."""
+    """Runs Hugging Face's ``Conv1D``, a linear map whose weight is stored (I, O), with quantised products."""
 
     if TYPE_CHECKING:
         weight: Tensor
         bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
+        """Map (..., I) to (..., O)."""
         if torch.jit.is_scripting():
             return F.linear(x, self.weight.t(), self.bias)
         return _linear(self, x, self.weight.t(), self.bias)
@@ -84,13 +83,13 @@ class HFConv1DTwin(Twin):
 def _linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     state = active_state(module, x)
     if state is None:
-        return plain_of(module).forward(module, x)  # type: ignore[no-any-return]
+        return run_plain(module, x)
     if x.is_nested and x.size(-1) == weight.shape[1] and getattr(x, "_ragged_idx", 1) == 1:
         return over_nested(lambda rows: _linear(module, rows, weight, bias), x)
     if has_torch_function_unary(x):
-        return handle_torch_function(_linear, (x,), module, x, weight, bias)  # type: ignore[no-any-return]
+        return handle_torch_function(_linear, (x,), module, x, weight, bias)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1] or not takes(state, x, weight, bias):
-        return plain_of(module).forward(module, x)  # type: ignore[no-any-return]
+        return run_plain(module, x)
     return apply_linear(x, weight, bias, state)
 
 
@@ -98,7 +97,7 @@ def _linear(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def _symmetric_padding(module: _ConvNd) -> tuple[int, ...] | None:
-    """Zero padding per axis, or None where torch pads the two sides differently or not with zeros."""
+    """Return the zero padding per axis, or None where torch pads the two sides differently or not with zeros."""
     if module.padding_mode != "zeros":
         return None
     if not isinstance(module.padding, str):
@@ -109,31 +108,26 @@ def _symmetric_padding(module: _ConvNd) -> tuple[int, ...] | None:
     return tuple(t // 2 for t in total) if all(t % 2 == 0 for t in total) else None
 
 
-def _triple(values: tuple[int, ...], missing: int) -> Triple:
-    z, y, x = (missing,) * (3 - len(values)) + values
-    return z, y, x
-
-
 class ConvTwin(Twin, _ConvNd):
-    """:class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d`` with quantised products."""
+    """Runs :class:`torch.nn.Conv1d`, ``Conv2d`` or ``Conv3d`` with quantised products."""
 
     CALLED = (*Twin.CALLED, "_conv_forward")
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, *space) or (C, *space) -> (N, O, *space') or (O, *space')."""
+        """Map (N, C, *space) or (C, *space) to (N, O, *space') or (O, *space')."""
         if torch.jit.is_scripting():
-            return self._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return]
+            return self._conv_forward(input, self.weight, self.bias)
         return _convolve(self, input)
 
 
 def _convolve(module: _ConvNd, x: Tensor) -> Tensor:
     state = active_state(module, x)
     if state is not None and has_torch_function_unary(x):
-        return handle_torch_function(_convolve, (x,), module, x)  # type: ignore[no-any-return]
+        return handle_torch_function(_convolve, (x,), module, x)
     if state is None or not takes(state, x, module.weight, module.bias) or not _fits(module, x):
-        return plain_of(module).forward(module, x)  # type: ignore[no-any-return]
+        return run_plain(module, x)
     if state.weights_only:
-        return module._conv_forward(x, int4_weight(module.weight, state), module.bias)  # type: ignore[no-any-return]
+        return module._conv_forward(x, int4_weight(module.weight, state), module.bias)
     if x.dim() == len(module.kernel_size) + 1:
         return _convolve(module, x.unsqueeze(0)).squeeze(0)
     padding = _symmetric_padding(module)
@@ -145,12 +139,12 @@ def _convolve(module: _ConvNd, x: Tensor) -> Tensor:
 
 def _geometry(module: _ConvNd, padding: tuple[int, ...]) -> Geometry:
     make = Geometry if torch.compiler.is_compiling() else shared_geometry
-    kernel, stride, dilation = (_triple(v, 1) for v in (module.kernel_size, module.stride, module.dilation))
-    return make(kernel, stride, _triple(padding, 0), dilation, module.groups)
+    kernel, stride, dilation = (triple(v, 1) for v in (module.kernel_size, module.stride, module.dilation))
+    return make(kernel, stride, triple(padding, 0), dilation, module.groups)
 
 
 def _fits(module: _ConvNd, x: Tensor) -> bool:
-    """Whether torch takes an input of this shape; what it does not take, it refuses in its own words."""
+    """Return whether torch takes an input of this shape; what it does not take, it refuses in its own words."""
     dims = len(module.kernel_size)
     if x.dim() not in (dims + 1, dims + 2) or x.shape[-1 - dims] != module.in_channels:
         return False
@@ -159,37 +153,9 @@ def _fits(module: _ConvNd, x: Tensor) -> bool:
 
 
 def _total_padding(module: _ConvNd) -> list[int]:
-    """Elements added along each axis, both sides together."""
+    """Return the elements added along each axis, both sides together."""
     symmetric = _symmetric_padding(module)
     if symmetric is not None:
         return [2 * p for p in symmetric]
     both = module._reversed_padding_repeated_twice[::-1]
     return [a + b for a, b in zip(both[::2], both[1::2], strict=True)]
-
-
-# --------------------------------------------------------------------------------------------------- which has one
-
-
-def mixin_of(module: nn.Module) -> type[Twin] | None:
-    """The mixin that makes a quantised twin of ``module``, or None.
-
-    A subclass has its base's twin where it leaves the methods alone that the twin replaces. What ``fully_shard`` made
-    of a layer has the layer's.
-    """
-    own = own_class(type(module))
-    own = getattr(own, "_eff_plain", own)  # of a converted layer, what it was
-    for base in own.__mro__:
-        mixin = _registered(base)
-        if mixin is not None:
-            return mixin if all(getattr(own, key) is getattr(base, key) for key in mixin.CALLED) else None
-    return None
-
-
-def _registered(base: type[nn.Module]) -> type[Twin] | None:
-    if base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils":
-        return HFConv1DTwin
-    if base is nn.MultiheadAttention:
-        from lightning_eff.precision.layers.attention import AttentionTwin
-
-        return AttentionTwin
-    return {nn.Linear: LinearTwin, nn.Conv1d: ConvTwin, nn.Conv2d: ConvTwin, nn.Conv3d: ConvTwin}.get(base)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_eff.kernels.relu import apply_mask, packs, relu_mask
-from lightning_eff.precision.layers.twins import Twin, plain_of, unquantised
+from lightning_eff.precision.layers.twins import Twin, run_plain, unquantised
 
 
 class _Masked(torch.autograd.Function):
-    """``grad`` where a mask lets it pass: linear in ``grad``, so its own gradient is itself."""
+    """Passes ``grad`` where a mask lets it: linear in ``grad``, so its own gradient is itself."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, mask: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -44,22 +44,22 @@ class _PackedReLU(torch.autograd.Function):
 
 
 class ReLUTwin(Twin):
-    """:class:`torch.nn.ReLU`, bit for bit and in place if it is, with 1/32 of the memory kept for backward."""
+    """Runs :class:`torch.nn.ReLU`, bit for bit and in place if it is, with 1/32 of the memory kept for backward."""
 
     inplace: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        """Same shape, dtype and strides as the input."""
+        """Return the ReLU in the shape, dtype and strides of the input."""
         if torch.jit.is_scripting():
             return F.relu(input, inplace=self.inplace)
         if not _packs_now(input):
-            return plain_of(self).forward(self, input)  # type: ignore[no-any-return]
+            return run_plain(self, input)
         y: Tensor = _PackedReLU.apply(input, self.inplace)
         return y
 
 
 def _packs_now(x: Tensor) -> bool:
-    """Whether gradients are recorded, and the tensor is one whose memory can be written bit by bit."""
+    """Return whether gradients are recorded, and the tensor is one whose memory can be written bit by bit."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
         return False
     return torch.is_grad_enabled() and x.requires_grad and not unquantised(x, x) and packs(x)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,27 +15,24 @@ from lightning_eff.errors import EffWarning
 from lightning_eff.functional import sqnr_db
 from lightning_eff.functional.codes import Codes
 from lightning_eff.kernels.quantize import fingerprint
-from lightning_eff.precision.formats.base import GradCodes, SavedInput, WeightCodes
-from lightning_eff.precision.formats.history import Memory
+from lightning_eff.precision.formats.base import GradCodes, LayerOptions, SavedInput, WeightCodes
+from lightning_eff.precision.formats.history import History
 from lightning_eff.runtime.seeds import SeedStream
 
-if TYPE_CHECKING:
-    from lightning_eff.precision.formats.config import LayerConfig
-
-
 Arrange = Callable[[Tensor], Tensor]
+Key = tuple[Hashable, ...]
 
 
 class Kept(NamedTuple):
-    """An input as it was kept: its codes, their shape, and the memory its scale was predicted from, if it was."""
+    """Holds an input as it was kept: codes, their shape, and the history its scale was predicted from, if it was."""
 
     saved: SavedInput
     shape: torch.Size
-    memory: Memory | None
+    history: History | None
 
 
 class RecentInputs:
-    """The last inputs that were encoded for backward: layers that share an input share its codes.
+    """Keeps the last inputs that were encoded for backward: layers that share an input share its codes.
 
     Query, key and value projections read one tensor, as do the two branches of a residual block; float32 keeps it once,
     so the packed codes are kept, and made, once too. The inputs themselves are not kept alive.
@@ -45,14 +42,14 @@ class RecentInputs:
     """A residual block reads its input, then something else, then its input again for the shortcut."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[weakref.ref[Tensor], tuple[Any, ...], Kept]] = []
+        self._entries: list[tuple[weakref.ref[Tensor], Key, Kept]] = []
 
     @staticmethod
-    def _key(x: Tensor, arrange: Arrange) -> tuple[Any, ...]:
+    def _key(x: Tensor, arrange: Arrange) -> Key:
         return (x._version, x.data_ptr(), x.shape, x.stride(), x.dtype, arrange, fingerprint(x))
 
     def find(self, x: Tensor, arrange: Arrange) -> Kept | None:
-        """What was kept for ``arrange(x)``, if it is there and ``x`` has not been written to since."""
+        """Return what was kept for ``arrange(x)``, if it is there and ``x`` has not been written to since."""
         return next((kept for t, key, kept in self._entries if t() is x and key == self._key(x, arrange)), None)
 
     def put(self, x: Tensor, arrange: Arrange, kept: Kept) -> None:
@@ -70,47 +67,50 @@ _NUMBERS = itertools.count()
 
 
 def state_of(handle: Tensor) -> LayerState:
-    """The state behind a handle tensor; how compiled graphs, which carry tensors alone, find their layer."""
+    """Return the state behind a handle tensor; how compiled graphs, which carry tensors alone, find their layer."""
     return _STATES[int(handle)]
 
 
 def _no_state() -> None:
-    """What a copy of a layer's state is."""
+    """Return None, which a copy of a layer's state is."""
 
 
 class LayerState:
-    """Formats, caches and figures of one converted layer.
+    """Holds the format, caches and figures of one converted layer; a format sees it as a ``LayerView``.
 
     Args:
         name: the layer's qualified name.
-        config: options of the method.
+        options: of the method.
         seeds: the stream all layers of a model share.
-        recent: the memory of the last input all layers of a model share.
+        recent: the last inputs of all layers of a model.
     """
 
-    def __init__(self, name: str, config: LayerConfig, seeds: SeedStream, recent: RecentInputs | None = None) -> None:
-        self.name, self.format, self.seeds = name, config.format(), seeds
+    def __init__(self, name: str, options: LayerOptions, seeds: SeedStream, recent: RecentInputs | None = None) -> None:
+        self.name = name
+        self.format = options.format()
+        self.seeds = seeds
         self.recent = RecentInputs() if recent is None else recent
         self.weights_only = False
         self.on_path = True
         self.measure = False
         self.metrics: dict[str, Tensor] = {}
-        self.saved_bytes = self.saved_bytes_fp32 = 0
+        self.saved_bytes = 0
+        self.saved_bytes_fp32 = 0
         self._counted = False
         self.step = 0
-        self.memories = self.format.memories()
+        self.histories = self.format.histories()
         self.written: dict[int, float] = {}
-        self._cache: dict[tuple[Any, ...], WeightCodes] = {}
+        self._cache: dict[Key, WeightCodes] = {}
         self._said: set[str] = set()
         self.handle = torch.tensor(next(_NUMBERS), dtype=torch.int64, device="cpu")
         _STATES[int(self.handle)] = self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         """Copy and pickle as None: the state belongs to the run, and a layer without one is plain."""
         return _no_state, ()
 
     def is_on_path(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether gradients pass the layer: it was trainable at the start, or has been seen to pass one since."""
+        """Return whether gradients pass the layer: it was trainable at first, or has been seen to pass one since."""
         if not self.on_path and (weight.requires_grad or x.requires_grad):
             self.on_path = True
         return self.on_path
@@ -124,7 +124,7 @@ class LayerState:
             )
 
     def native(self, device: torch.device) -> bool:
-        """Whether this layer's products run on units made for its codes."""
+        """Return whether this layer's products run on units made for its codes."""
         return self.format.native(device)
 
     def invalidate(self) -> None:
@@ -133,7 +133,7 @@ class LayerState:
         self.recent.clear()
 
     def encode_weight(self, weight: Tensor, *, arrange: Arrange | None = None) -> WeightCodes:
-        """Codes of ``weight``, rearranged by ``arrange``, made once per optimizer step.
+        """Encode ``weight`` once per optimizer step, and rearrange its codes by ``arrange``.
 
         The key holds the version counter and a sampled fingerprint: writes through ``.data`` do not move the former.
         """
@@ -152,11 +152,11 @@ class LayerState:
     def encode_input(
         self, x: Tensor, arrange: Arrange, *, save: bool, share: bool = True
     ) -> tuple[Codes, SavedInput | None]:
-        """Codes of ``arrange(x)`` (in a shared buffer), and what to keep for backward if ``save``."""
+        """Encode ``arrange(x)``; return its codes (in a shared buffer), and what to keep for backward if ``save``."""
         share = share and self.format.one_code_for_all
         if save and share and (kept := self.recent.find(x, arrange)):
-            if kept.memory is not None:  # one tensor, one prediction
-                self.memories["input"] = kept.memory
+            if kept.history is not None:  # one tensor, one prediction
+                self.histories["input"] = kept.history
             return self.restore_input(kept.saved, kept.shape), kept.saved
         values = arrange(x)
         codes, saved = self.format.encode_input(values, self, save=save)
@@ -165,7 +165,7 @@ class LayerState:
         if saved is not None:
             self._count(saved.packed.nbytes + saved.scale.nbytes, x.numel() * 4)
             if share:
-                self.recent.put(x, arrange, Kept(saved, values.shape, self.memories.get("input")))
+                self.recent.put(x, arrange, Kept(saved, values.shape, self.histories.get("input")))
         return codes, saved
 
     def _count(self, kept: int, full: int) -> None:
@@ -179,11 +179,11 @@ class LayerState:
         self.saved_bytes_fp32 += full
 
     def restore_input(self, saved: SavedInput, shape: Sequence[int]) -> Codes:
-        """Undo the packing of :meth:`encode_input`; the codes lie in a shared buffer."""
+        """Return the codes :meth:`encode_input` packed; the codes lie in a shared buffer."""
         return self.format.restore_input(saved, shape)
 
     def encode_grad(self, grad: Tensor) -> GradCodes:
-        """Codes of an output gradient."""
+        """Encode an output gradient."""
         self._counted = True
         codes = self.format.encode_grad(grad, self)
         if self.measure:
@@ -191,5 +191,5 @@ class LayerState:
         return codes
 
     def store(self, result: Tensor, role: str) -> Tensor:
-        """What the method keeps of a product's result."""
+        """Return what the method keeps of a product's result."""
         return self.format.store(result, role, self)

@@ -23,58 +23,67 @@ from lightning_eff.precision.layers.state import LayerState
 
 STATE = "_eff_state"
 """Name of the attribute that holds a converted layer's state."""
+PLAIN = "_eff_plain"
+"""Name of the attribute of a twin's class that holds the class the module had."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that are quantised; float64 and complex layers would lose what they are used for."""
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # from torch 2.7 on
 
 
 class Twin(nn.Module):
-    """Base of the mixins; it adds nothing to a module but the attribute :data:`STATE`."""
+    """Serves the mixins as a base; it adds nothing to a module but the attribute :data:`STATE`."""
 
     CALLED: ClassVar[tuple[str, ...]] = ("forward", "__call__")
     """Methods that a subclass of the plain layer must not have changed: the twin does something else instead."""
-    _eff_plain: ClassVar[type[nn.Module]]
-    """The class the module had."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as the plain layer: a copy does not belong to the run."""
         kind = type(self)
-        plain = with_base(kind, twin_in(kind), kind._eff_plain)
+        plain = with_base(kind, twin_in(kind), plain_class(kind))
         state = self.__getstate__()  # type: ignore[operator]  # a parametrised module refuses here, as it always does
         state = {key: value for key, value in state.items() if key != STATE}
         return copyreg._reconstructor, (plain, object, None), state  # type: ignore[attr-defined]
 
 
 def twin_in(kind: type[Any]) -> type[Any]:
-    """The class that :func:`twin_class` made, among ``kind`` and its ancestors."""
-    return next(ancestor for ancestor in kind.__mro__ if "_eff_plain" in ancestor.__dict__)
+    """Return the class that :func:`twin_class` made, among ``kind`` and its ancestors."""
+    return next(ancestor for ancestor in kind.__mro__ if PLAIN in ancestor.__dict__)
 
 
 _MADE: dict[tuple[type[Twin], type[nn.Module]], type[nn.Module]] = {}
 
 
 def twin_class(mixin: type[Twin], own: type[nn.Module]) -> type[nn.Module]:
-    """The class (``mixin``, ``own``), under the name of ``own``; the same for equal arguments."""
+    """Return the class (``mixin``, ``own``), under the name of ``own``; the same for equal arguments."""
     if (mixin, own) not in _MADE:
         taken = ("__module__", "__qualname__", "__doc__", "__annotations__")  # TorchScript reads the last
-        body = {"_eff_plain": own, **{key: getattr(own, key, {}) for key in taken}}
+        body = {PLAIN: own, **{key: getattr(own, key, {}) for key in taken}}
         _MADE[mixin, own] = type(own.__name__, (mixin, own), body)
     return _MADE[mixin, own]
 
 
 def plain_of(module: nn.Module) -> type[Any]:
-    """The class whose forward is the plain layer's.
+    """Return the class whose forward is the plain layer's.
 
     Also of a module that has its class back: a wrapper around ``forward`` may hold a twin's bound method for longer
     than the run.
     """
-    kind = type(module)
-    plain: type[Any] = getattr(kind, "_eff_plain", kind)
+    return plain_class(type(module))
+
+
+def plain_class(kind: type[nn.Module]) -> type[Any]:
+    """Return the class a module had before ``kind``, a twin's class; ``kind`` itself if it is none."""
+    plain: type[Any] = getattr(kind, PLAIN, kind)
     return plain
 
 
+def run_plain(module: nn.Module, *args: Any) -> Any:
+    """Run the plain layer's own forward."""
+    return plain_of(module).forward(module, *args)
+
+
 def active_state(module: nn.Module, *inputs: object) -> LayerState | None:
-    """The state of a converted module; None where the plain forward is to run: it knows what to do with no tensor.
+    """Return the state of a converted module; None where the plain forward is to run, as for what is no tensor.
 
     Traced and exported programs are taken out of the run: they hold the plain layers.
     """
@@ -84,7 +93,7 @@ def active_state(module: nn.Module, *inputs: object) -> LayerState | None:
 
 
 def takes(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether the product of ``x`` and ``weight`` is quantised now; else the plain forward computes or refuses it.
+    """Return whether the product of ``x`` and ``weight`` is quantised now; else the plain forward sees to it.
 
     Not quantised is what torch refuses (dtypes that do not go together), what is empty or has no numbers (meta
     tensors), and, named once in a warning, what there is no quantised form of.
@@ -108,13 +117,13 @@ def takes(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None = No
 
 
 def _is_own(x: Tensor) -> bool:
-    """Whether the data of ``x`` can be read; not so for fake tensors and other wrappers that have none of their own."""
+    """Return whether the data of ``x`` can be read; fake tensors and other wrappers have none of their own."""
     kind = type(x)
     return kind in (Tensor, nn.Parameter) or kind.__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 def unquantised(x: Tensor, weight: Tensor) -> str:
-    """Why a product that torch computes has no quantised form; empty for what has one."""
+    """Return why a product that torch computes has no quantised form; empty for what has one."""
     if x.dtype not in FLOATS or weight.dtype not in FLOATS:
         return f"it multiplies {x.dtype} by {weight.dtype}"
     if x.layout is not torch.strided or weight.layout is not torch.strided:
@@ -127,29 +136,29 @@ def unquantised(x: Tensor, weight: Tensor) -> str:
 
 
 class _Pretended:
-    """A value that an attribute has as long as the module is converted; its own stays in the module's ``__dict__``."""
+    """Shows another value of an attribute while the module is converted; its own stays in the module's ``__dict__``."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: object) -> None:
         self.value = value
 
-    def __set_name__(self, owner: type[Any], name: str) -> None:
+    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
         self.name = name
 
-    def __get__(self, module: Any, kind: type[Any] | None = None) -> Any:
+    def __get__(self, module: nn.Module | None, kind: type[nn.Module] | None = None) -> object:
         return self.value
 
-    def __set__(self, module: Any, value: Any) -> None:
+    def __set__(self, module: nn.Module, value: object) -> None:
         module.__dict__[self.name] = value
 
 
 class EncoderLayerTwin(Twin):
-    """``nn.TransformerEncoderLayer`` without its fused inference path, which reads the weights themselves."""
+    """Keeps ``nn.TransformerEncoderLayer`` from its fused inference path, which reads the weights themselves."""
 
     activation_relu_or_gelu = _Pretended(0)  # torch takes that path only for an activation it knows
 
 
 class EncoderTwin(Twin):
-    """``nn.TransformerEncoder`` that does not make nested tensors, which only the fused path of its layers takes."""
+    """Keeps ``nn.TransformerEncoder`` from making nested tensors, which only the fused path of its layers takes."""
 
     use_nested_tensor = _Pretended(False)
 

@@ -1,4 +1,4 @@
-"""What dropcompute cannot do is refused before the first step."""
+"""Refusals of dropcompute before the first step, and its warning where it changes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from lightning_eff.errors import ConfigurationError, NoEffectWarning, Unsupporte
 from lightning_eff.functional.stragglers.timings import check_target
 
 
-def refuse(trainer: Any, layer_sync: Any, compensate: str | None, record_timings: str | None = None) -> None:
+def refuse_trainer(
+    trainer: Any, *, layer_sync: Any, compensate: str | None = None, record_timings: str | None = None
+) -> None:
     """Raise for what this Trainer asks for and dropcompute cannot do.
 
     Args:
@@ -59,8 +61,3 @@ def refuse_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
             "'dropcompute' cannot be combined with LBFGS, which computes the loss several times in a step. Use "
             "another optimizer, or strategy='ddp'."
         )
-
-
-def searches(trainer: Any) -> bool:
-    """Whether Lightning is looking for a learning rate, a run of its own inside of the user's."""
-    return any(type(callback).__name__ == "_LRCallback" for callback in trainer.callbacks)

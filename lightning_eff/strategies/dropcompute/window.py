@@ -1,43 +1,20 @@
-"""One step's micro-batches on this rank: how long they took, and what all ranks made of the steps so far."""
+"""The micro-batches of one optimizer step on this rank, and what all ranks made of the steps so far."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_eff.functional.stragglers.threshold import starts_next
 
-
-class Clock:
-    """Seconds, with the device's work done that they are to cover.
-
-    On CUDA the host runs ahead of the device. Waiting for the micro-batch before the last one keeps the two together at
-    the cost of a short queue; the time of a step lags behind by one micro-batch and is made good at its end.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._events: list[torch.cuda.Event] | None = [] if device.type == "cuda" else None
-
-    def now(self, *, wait_for_all: bool = False) -> float:
-        """Seconds of a steady clock."""
-        if self._events is not None:
-            self._events.append(torch.cuda.Event())
-            self._events[-1].record()
-            self._events[-1 if wait_for_all else max(len(self._events) - 2, 0)].synchronize()
-            del self._events[:-1]
-        return time.perf_counter()
+__all__ = ["Tallies", "Tally", "Window"]
 
 
 @dataclass
 class Window:
-    """The micro-batches of one optimizer step.
+    """Holds the micro-batches of one optimizer step.
 
     Attributes:
         times: seconds of every micro-batch that was computed.
@@ -68,72 +45,21 @@ class Window:
             self.started += now - self.held_at
 
     def goes_on(self, now: float, *, tau: float, least: int, with_data: bool) -> bool:
-        """Whether the next micro-batch is computed."""
+        """Return whether the next micro-batch is computed.
+
+        Args:
+            now: seconds of the clock.
+            tau: compute threshold, seconds.
+            least: micro-batches that are computed however late the rank is.
+            with_data: count waiting for data as compute time.
+        """
         elapsed = now - self.started if with_data else sum(self.times)
         return starts_next(elapsed, len(self.times), tau=tau, min_micro_batches=least)
 
 
 @dataclass
-class Measured:
-    """Times of steps in which nothing was dropped, on this rank.
-
-    Attributes:
-        rows: of every step its micro-batches' seconds, then its wall time.
-    """
-
-    rows: list[list[float]] = field(default_factory=list)
-
-    def gather(self) -> tuple[Tensor, Tensor]:
-        """Every rank's micro-batch times, (I, N, M), and the time outside the loop, (I,); begin anew."""
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, torch.tensor(self.rows, dtype=torch.float64, device="cpu"))
-        self.rows = []
-        everyone = torch.stack(parts, dim=1)
-        table, walls = everyone[..., :-1], everyone[..., -1]
-        return table, (walls.mean(1) - table.sum(-1).amax(1)).clamp(min=0)
-
-
-class HeldClock:
-    """A strategy whose window stands still in validation, in a checkpoint and at a barrier.
-
-    None of it is compute time, nor is it waiting for data.
-    """
-
-    _clock: Clock
-    _window: Window
-
-    @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
-        self._window.hold(self._clock.now())
-        try:
-            yield
-        finally:
-            self._window.release(self._clock.now())
-
-    def on_validation_start(self) -> None:
-        """Stop the clock."""
-        super().on_validation_start()  # type: ignore[misc]
-        self._window.hold(self._clock.now())
-
-    def on_validation_end(self) -> None:
-        """Let the clock go on."""
-        super().on_validation_end()  # type: ignore[misc]
-        self._window.release(self._clock.now())
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks, for instance for the one that writes a checkpoint."""
-        with self._held():
-            super().barrier(*args, **kwargs)  # type: ignore[misc]
-
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint."""
-        with self._held():
-            super().save_checkpoint(*args, **kwargs)  # type: ignore[misc]
-
-
-@dataclass
 class Tally:
-    """What all ranks did in the steps since it was last emptied; the same on every rank.
+    """Counts what all ranks did in the steps since it was last emptied; the same on every rank.
 
     Attributes:
         steps: optimizer steps.
@@ -150,8 +76,16 @@ class Tally:
     seconds: float = 0.0
     waited_s: float = 0.0
 
-    def add(self, counts: list[float], elapsed_s: list[float], offered: int, wall_s: float) -> None:
-        """Take in a step: micro-batches and compute time of every rank, micro-batches offered, wall time."""
+    def add(self, counts: Sequence[float], elapsed_s: Sequence[float], offered: int, wall_s: float) -> None:
+        """Count one step.
+
+        Args:
+            counts: micro-batches that every rank computed, k_n.
+            elapsed_s: compute time of every rank, T_n.
+            offered: micro-batches of the step on every rank, M.
+            wall_s: wall time of the step.
+        """
+        # Had rank n computed all M: T_n M / k_n; the step would have lasted longer by max_n of it less max_n T_n.
         whole = [e * offered / k if k else 0.0 for e, k in zip(elapsed_s, counts, strict=True)]
         self.steps += 1
         self.computed += round(sum(counts))
@@ -168,3 +102,37 @@ class Tally:
     def speedup(self) -> float:
         """Computed samples per second, relative to waiting."""
         return (1 - self.drop_rate) * self.waited_s / self.seconds if self.seconds else 1.0
+
+
+@dataclass
+class Tallies:
+    """Counts the steps of a model's training, of the run and since the last record.
+
+    Attributes:
+        total: of the training, those before a resume counted.
+        run: of this run.
+        recent: since figures were last published.
+    """
+
+    total: Tally = field(default_factory=Tally)
+    run: Tally = field(default_factory=Tally)
+    recent: Tally = field(default_factory=Tally)
+
+    def add(self, counts: Sequence[float], elapsed_s: Sequence[float], offered: int, wall_s: float) -> None:
+        """Count one step everywhere; see :meth:`Tally.add`."""
+        for tally in (self.total, self.run, self.recent):
+            tally.add(counts, elapsed_s, offered, wall_s)
+
+    def begin_run(self) -> None:
+        """Begin the counts of a run; those of the training go on."""
+        self.run, self.recent = Tally(), Tally()
+
+    def forget(self) -> None:
+        """Begin all counts anew: what follows is another training."""
+        self.total = Tally()
+        self.begin_run()
+
+    def take_recent(self) -> Tally:
+        """Return what there was since the last record, and begin the next."""
+        recent, self.recent = self.recent, Tally()
+        return recent

@@ -35,22 +35,36 @@ DATA, NOTHING, END = 0, 1, 2
 Sizes = Sequence[tuple[torch.Size, torch.dtype, bool]]
 
 
+class Figures(NamedTuple):
+    """Sums over the stages that a micro-batch has passed, of what they did lately.
+
+    Attributes:
+        utilisation: shares of the time in which they computed.
+        transfer_s: seconds per micro-batch of sending that computation does not hide.
+        staleness: updates between forward and backward of a sample, in the first stage.
+    """
+
+    utilisation: float = 0.0
+    transfer_s: float = 0.0
+    staleness: float = 0.0
+
+
 class Message(NamedTuple):
-    """One micro-batch on its way.
+    """Holds what one stage sends another of one micro-batch.
 
     Attributes:
         kind: :data:`DATA`, :data:`NOTHING` or :data:`END`.
         sample: number of the micro-batch.
         tensors: with ``requires_grad`` as on the other side.
         fingerprint: of the batch the sender had; 0 for none.
-        figures: three numbers that stages pass on (:mod:`~lightning_eff.strategies.pipelined_bp.timeline`).
+        figures: what the stages before did.
     """
 
     kind: int
     sample: int
     tensors: list[Tensor]
     fingerprint: int = 0
-    figures: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    figures: Figures = Figures()
 
 
 def _aligned(nbytes: int) -> int:
@@ -62,7 +76,7 @@ def _payload_bytes(sizes: Sizes) -> int:
 
 
 def _finish(works: list[Any]) -> None:
-    """Wait for them and forget them: kept in the frames of an error's traceback they would keep their connection."""
+    """Wait for transfers and forget them: in the frames of an error's traceback they would keep their connection."""
     try:
         for i in range(len(works)):
             works[i].wait()
@@ -72,7 +86,7 @@ def _finish(works: list[Any]) -> None:
 
 @dataclass
 class Channel:
-    """Messages from one rank to another, in order.
+    """Sends messages from one rank to another, in order.
 
     Args:
         group: process group of this direction: a backend that keeps the order of what it does (NCCL) must not wait for
@@ -103,7 +117,7 @@ class Channel:
     # ------------------------------------------------------------------------------------------ sending
 
     def send(self, message: Message) -> None:
-        """Send without waiting."""
+        """Send a message without waiting until it has arrived."""
         sizes = [(t.shape, t.dtype, t.requires_grad) for t in message.tensors]
         if len(sizes) > len(self.sizes) or any(len(shape) > _MAX_DIMS for shape, _, _ in sizes):
             raise UnsupportedCombinationError(
@@ -166,7 +180,7 @@ class Channel:
             t = buffer[at : at + length].view(kind_of).view(size).to(self.device)
             tensors.append(t.requires_grad_(bool(needs_grad)))
             at += _aligned(length)
-        return Message(kind, sample, tensors, fingerprint, tuple(figures))
+        return Message(kind, sample, tensors, fingerprint, Figures(*figures))
 
     def _next_part(self) -> Tensor:
         self.ask()

@@ -1,4 +1,4 @@
-"""What a pipeline cannot do is refused before the first step; what will go wrong is said."""
+"""Refusals of pipelined_bp before the first step, and warnings of what will go wrong."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ from lightning_eff.errors import (
     UnsupportedCombinationError,
 )
 from lightning_eff.functional.staleness import stability
-from lightning_eff.runtime.finite import OnNonFinite, stop_if_broken
-from lightning_eff.runtime.ranks import rank
+from lightning_eff.integration.trainer_parts import is_compiled
+from lightning_eff.methods import METHODS
+from lightning_eff.runtime.contracts import ScalePredictor
+from lightning_eff.runtime.roll_call import RollCall
 from lightning_eff.strategies.pipelined_bp.mitigation import Mitigation
-from lightning_eff.strategies.pipelined_bp.weights import Weights
 
-MUCH = 1.0
+MOST_EFFECTIVE_DELAY = 1.0
 """D (1 - m) above which no mitigation here can be expected to help; with a large learning rate it fails earlier."""
 
 
-def refuse(trainer: Any, num_stages: Any, positions: int) -> None:
-    """Raise for what this Trainer asks for and a pipeline cannot do."""
+def refuse_trainer(trainer: Any, *, num_stages: int | str | Sequence[str], positions: int) -> None:
+    """Raise for what this Trainer asks for and a pipeline cannot do; warn if nothing is changed.
+
+    Args:
+        trainer: Lightning's.
+        num_stages: how many, "layers" or names.
+        positions: number of processes.
+    """
     model = trainer.lightning_module
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     reasons = {
@@ -44,7 +51,7 @@ def refuse(trainer: Any, num_stages: Any, positions: int) -> None:
             "its loss scaler would have to agree over stages that are at different samples. Use 'bf16-mixed'",
         ),
         "torch.compile of the whole LightningModule": (
-            getattr(model, "_compiler_ctx", None) is not None,
+            is_compiled(model),
             "a pipeline runs its layers one by one. Compile the layers",
         ),
     }
@@ -61,7 +68,7 @@ def refuse(trainer: Any, num_stages: Any, positions: int) -> None:
             f"'pipelined_bp' cannot be combined with {averaging[0]}: after a step a rank has the weights of its own "
             "stages alone. Average checkpoints afterwards, or use StochasticWeightAveraging (between epochs)."
         )
-    _refuse_callbacks(trainer, model, pipelines=num_stages != 1)
+    _refuse_callbacks(trainer, model, is_pipeline=num_stages != 1)
     if isinstance(num_stages, int) and num_stages < positions:
         raise ConfigurationError(
             f"stages={num_stages} cannot be spread over {positions} processes. Use Trainer(devices={num_stages})."
@@ -75,7 +82,7 @@ def refuse(trainer: Any, num_stages: Any, positions: int) -> None:
         )
 
 
-def _refuse_callbacks(trainer: Any, model: nn.Module, *, pipelines: bool) -> None:
+def _refuse_callbacks(trainer: Any, model: nn.Module, *, is_pipeline: bool) -> None:
     """Raise for callbacks that change, while the run goes on, how many micro-batches an update has."""
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     for callback in trainer.callbacks:
@@ -85,7 +92,7 @@ def _refuse_callbacks(trainer: Any, model: nn.Module, *, pipelines: bool) -> Non
                 "'pipelined_bp' cannot be combined with GradientAccumulationScheduler: every micro-batch is an update. "
                 "Remove it."
             )
-        if "BaseFinetuning" in kinds and pipelines:
+        if "BaseFinetuning" in kinds and is_pipeline:
             raise UnsupportedCombinationError(
                 f"'pipelined_bp' cannot be combined with {type(callback).__name__}, which unfreezes parameters while "
                 "the run goes on. Freeze them before fit, and begin another fit to train others."
@@ -94,32 +101,6 @@ def _refuse_callbacks(trainer: Any, model: nn.Module, *, pipelines: bool) -> Non
             raise UnsupportedCombinationError(
                 "'pipelined_bp' cannot be combined with StochasticWeightAveraging of a model with BatchNorm, which "
                 "adds an epoch without updates to measure its statistics anew. Use GroupNorm or LayerNorm."
-            )
-
-
-class Trained:
-    """Which parameters are trained; a stage is made of those that are when it is cut."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
-        self._were = [(p, p.requires_grad) for p in model.parameters()]
-        self._groups = self._sizes()
-
-    def _sizes(self) -> list[int]:
-        return [len(group["params"]) for group in self._optimizer.param_groups]
-
-    def check(self) -> None:
-        """Raise an UnsupportedCombinationError if others are by now: they would never be updated."""
-        now = list(self._model.parameters())
-        if len(now) != len(self._were) or any(p is not q for p, (q, _) in zip(now, self._were, strict=True)):
-            raise UnsupportedCombinationError(
-                "'pipelined_bp' cannot be combined with what replaces, adds or removes layers while the run goes on. "
-                "Change the model before fit, or between two."
-            )
-        if any(p.requires_grad != was for p, was in self._were) or self._sizes() != self._groups:
-            raise UnsupportedCombinationError(
-                "'pipelined_bp' cannot be combined with what freezes or unfreezes parameters while the run goes on "
-                "(BaseFinetuning, add_param_group). Freeze them before fit, and begin another fit to train others."
             )
 
 
@@ -137,19 +118,27 @@ def refuse_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
         )
 
 
-def refuse_memories(plugin: Any, positions: int) -> None:
+def refuse_predicted_scales(plugin: Any, *, positions: int) -> None:
     """Raise for a precision whose layers predict scales: each rank would remember, and save, its own layers' alone."""
-    memories = getattr(plugin, "_memories", None)
-    if positions > 1 and memories is not None and memories():
+    predicts_scales = isinstance(plugin, ScalePredictor) and plugin.predicts_scales()
+    if positions > 1 and predicts_scales:
         raise UnsupportedCombinationError(
             f"'pipelined_bp' over {positions} processes cannot be combined with {plugin.info.name!r}, whose layers "
             "predict scales from the steps before: a resumed run would go on from other ones. Use one process "
-            "(stages=...), or a precision without memory: 'luq4', 'fp8-rowwise', 'dfp16', 'bf16-emulated'."
+            f"(stages=...), or a precision without memory: {_without_memory()}."
         )
 
 
-def refuse_after_error(left: Any) -> None:
+def _without_memory() -> str:
+    rows = [info for info in METHODS.values() if info.kind == "precision" and "memory" not in info.state_keys]
+    return ", ".join(repr(info.name) for info in rows)
+
+
+def refuse_after_error(left: RollCall | None) -> None:
     """Raise if this rank has left the others: the weights of their stages are not to be had.
+
+    Args:
+        left: roll call of a run that an error has ended here.
 
     Raises:
         RankLostError: ``left`` is not None.
@@ -162,22 +151,26 @@ def refuse_after_error(left: Any) -> None:
 
 
 def warn_if_unstable(
-    optimizer: torch.optim.Optimizer, mitigation: Mitigation, delays: Sequence[int], curved: Sequence[float | None]
+    optimizer: torch.optim.Optimizer,
+    mitigation: Mitigation,
+    *,
+    delays: Sequence[int],
+    curvatures: Sequence[float | None],
 ) -> None:
     """Warn where the analysis says that a stage cannot train, or will not train well.
 
     Args:
         optimizer: the user's; all but SGD is passed over.
         mitigation: what is done about the delay.
-        delays: of every stage.
-        curved: largest curvature of the loss in the directions of every stage's weights, where it is known.
+        delays: D_s of every stage, updates.
+        curvatures: largest curvature of the loss in the directions of every stage's weights, where it is known.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
     group = max(optimizer.param_groups, key=lambda group: float(group["lr"]))
     lr, momentum = float(group["lr"]), float(group["momentum"])
     effective = delays[0] * (1 - momentum)
-    if momentum and effective > MUCH:
+    if momentum and effective > MOST_EFFECTIVE_DELAY:
         warnings.warn(
             f"pipelined_bp: a delay of {delays[0]} updates with momentum {momentum:g} is D(1-m) = {effective:.1f}. "
             "Prediction and compensation help up to about 1. Use smaller micro-batches with the hyperparameters "
@@ -186,10 +179,10 @@ def warn_if_unstable(
             EffWarning,
             stacklevel=2,
         )
-    name: Any = str(mitigation) if str(mitigation) in get_args(stability.Mitigation) else "none"
+    name: Any = str(mitigation) if str(mitigation) in get_args(stability.MitigationName) else "none"
     limits = [
         (stability.max_stable_lr(curvature, delay, momentum, mitigation=name), stage, delay, curvature)
-        for stage, (delay, curvature) in enumerate(zip(delays, curved, strict=True))
+        for stage, (delay, curvature) in enumerate(zip(delays, curvatures, strict=True))
         if curvature is not None and curvature > 0
     ]
     if limits and lr > min(limits)[0]:
@@ -203,37 +196,21 @@ def warn_if_unstable(
         )
 
 
-def warn_of_other_stages(before: list[str], in_flight_before: int, starts: list[str], in_flight: int) -> None:
-    """Warn that a checkpoint is of a pipeline that was cut elsewhere."""
+def warn_of_other_stages(
+    *, saved_starts: Sequence[str], saved_in_flight: int, starts: Sequence[str], in_flight: int
+) -> None:
+    """Warn that a checkpoint is of a pipeline that was cut elsewhere.
+
+    Args:
+        saved_starts: names of the layers that the checkpoint's stages begin with.
+        saved_in_flight: of the checkpoint.
+        starts: names of the layers that this run's stages begin with.
+        in_flight: of this run.
+    """
     warnings.warn(
-        f"pipelined_bp: the checkpoint's stages begin at {before} with in_flight={in_flight_before}, this run's at "
-        f"{starts} with in_flight={in_flight}. Weights and optimizer are restored; delays begin anew, as at the "
+        f"pipelined_bp: the checkpoint's stages begin at {saved_starts} with in_flight={saved_in_flight}, this run's "
+        f"at {starts} with in_flight={in_flight}. Weights and optimizer are restored; delays begin anew, as at the "
         "beginning of a run.",
         EffWarning,
         stacklevel=2,
-    )
-
-
-def check_finite(model: nn.Module, weights: Weights, on_nonfinite: OnNonFinite) -> None:
-    """Stop a NaN or Inf gradient before it reaches a parameter. Every rank sees those of its own stages.
-
-    Raises:
-        NonFiniteGradientError: unless ``on_nonfinite`` is "warn".
-    """
-    present = [(p, p.grad) for p in weights.parameters if p.grad is not None and p.grad.numel()]
-    grads = [(p, g.coalesce().values() if g.is_sparse else g) for p, g in present]
-    # The largest element would say the same, 20 times as slowly (CPU).
-    if not grads or bool(torch.stack(torch._foreach_norm([g for _, g in grads])).isfinite().all()):
-        return
-    broken = {id(p) for p, g in grads if not bool(g.isfinite().all())}
-    names = [name for name, p in model.named_parameters() if id(p) in broken]
-    # No names: squares of finite numbers that are too large.
-    stop_if_broken(
-        "pipelined_bp",
-        names,
-        gradient=f"the gradient of micro-batch {weights.updates}",
-        where=f"on rank {rank()}",
-        on_nonfinite=on_nonfinite,
-        unchanged="No parameter of this rank's stages was changed by it",
-        advice=" (with delays training is unstable earlier, see the method's card)",
     )

@@ -35,7 +35,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Span(NamedTuple):
-    """What one stage did for a while.
+    """Says what one stage did for a while.
 
     Attributes:
         stage: number of the stage, 0 is the first one.
@@ -153,7 +153,7 @@ def _check(spans: Sequence[Span], labels: Sequence[str] | None, window_s: float 
 
 
 def _followed(spans: Sequence[Span], num_stages: int) -> list[Span]:
-    """The forwards and backwards of one micro-batch: of those that are seen on most of their path, the middle one."""
+    """Return the spans of one micro-batch: of those that are seen on most of their path, the middle one."""
     visits = defaultdict(list)
     for span in spans:
         visits[span.kind, span.stage, span.micro_batch].append(span)
@@ -165,7 +165,7 @@ def _followed(spans: Sequence[Span], num_stages: int) -> list[Span]:
 
 
 def _journey(first: Span, visits: dict[tuple[Kind, int, int], list[Span]], num_stages: int) -> list[Span]:
-    """A micro-batch's forwards down the stages and its backwards up again, as far as they are seen."""
+    """Return a micro-batch's forwards down the stages and its backwards up again, as far as they are seen."""
     journey = [first]
     down: list[tuple[Kind, int]] = [("forward", stage) for stage in range(1, num_stages)]
     up: list[tuple[Kind, int]] = [("backward", stage) for stage in reversed(range(num_stages))]
@@ -180,7 +180,7 @@ def _journey(first: Span, visits: dict[tuple[Kind, int, int], list[Span]], num_s
 
 
 class _Plot(NamedTuple):
-    """Where times and stages are on the picture, in pixels."""
+    """Says where times and stages are on the picture, in pixels."""
 
     start_s: float
     length_s: float
@@ -240,7 +240,7 @@ def _opening(title: str, height: float) -> Iterator[str]:
 
 
 def _heading(lines: Sequence[str], kinds: set[Kind], followed: Sequence[Span]) -> Iterator[str]:
-    """The title, and below it the legend of what is drawn."""
+    """Draw the title, and below it the legend of what is drawn."""
     for n, line in enumerate(lines):
         yield _text(line, _MARGIN, _MARGIN + 16 + 22 * n, size=_TITLE, more=' font-weight="bold"')
     x, y = _MARGIN, _MARGIN + 22 * len(lines) + 8
@@ -255,7 +255,7 @@ def _heading(lines: Sequence[str], kinds: set[Kind], followed: Sequence[Span]) -
 
 
 def _axis(plot: _Plot) -> Iterator[str]:
-    """Lines and numbers at round milliseconds."""
+    """Draw lines and numbers at round milliseconds."""
     bottom = plot.bottom + 6
     length_ms = plot.length_s * 1e3
     step = _round_step(length_ms / 12)
@@ -269,13 +269,13 @@ def _axis(plot: _Plot) -> Iterator[str]:
 
 
 def _round_step(least: float) -> float:
-    """The smallest of 1, 2 and 5 times a power of ten that is not below ``least``."""
+    """Return the smallest of 1, 2 and 5 times a power of ten that is not below ``least``."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def _rows(plot: _Plot, names: Sequence[str], drawn: Sequence[Span]) -> Iterator[str]:
-    """Every stage's name at the left and its busy share at the right."""
+    """Draw every stage's name at the left and its busy share at the right."""
     at = _WIDTH - _MARGIN
     yield _text("busy", at, plot.top - 12, anchor="end", tip=_BUSY)
     seen = {span.stage for span in drawn}
@@ -288,7 +288,7 @@ def _rows(plot: _Plot, names: Sequence[str], drawn: Sequence[Span]) -> Iterator[
 
 
 def _box(plot: _Plot, span: Span, whole: Span, room: float) -> str:
-    """One span, in the tooltip all about it, and inside its micro-batch's number if the longest one had room there."""
+    """Draw one span, with a tooltip, and inside its micro-batch's number if the longest one had room there."""
     x, y = plot.x(span.start_s), plot.y(span.stage)
     width = plot.x(span.end_s) - x
     # An edge would hide a box that is hardly wider than the edge.
@@ -304,7 +304,7 @@ def _box(plot: _Plot, span: Span, whole: Span, room: float) -> str:
 
 
 def _path(plot: _Plot, followed: Sequence[Span]) -> Iterator[str]:
-    """The boxes of one micro-batch outlined, and lines from each to the next stage's."""
+    """Outline the boxes of one micro-batch, and draw lines from each to the next stage's."""
     yield '<g class="path" fill="none" stroke="#000000" stroke-width="1.6" pointer-events="none">'
     for span in followed:
         x, y = plot.x(span.start_s), plot.y(span.stage)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_eff.checks import Text, check, shown
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError, nearest
 from lightning_eff.functional.staleness.directions import adam_direction, nadam_direction
-from lightning_eff.strategies.options import HORIZON, SHRINK
+from lightning_eff.strategies.pipelined_bp.options import HORIZON, SHRINK
 
 PARTS = ("none", "lwp", "lwp_w", "sc", "stash", "spectrain", "shrink")
 _ALTERNATIVES = {"lwp", "lwp_w", "spectrain", "none"}
@@ -34,7 +34,7 @@ Group = dict[str, Any]
 
 @dataclass(frozen=True)
 class Mitigation:
-    """A parsed ``mitigation=``.
+    """Holds a parsed ``mitigation=``.
 
     Attributes:
         parts: what is joined.
@@ -57,7 +57,7 @@ class Mitigation:
         return "stash" in self.parts
 
     def without(self, *parts: str) -> Mitigation:
-        """The same without some parts."""
+        """Return the same mitigation without some parts."""
         return Mitigation(self.parts - set(parts) or frozenset({"none"}), self.horizon, self.gamma)
 
     def __str__(self) -> str:
@@ -88,8 +88,8 @@ def parse_mitigation(text: str, *, horizon: float | None, gamma: float, stash: b
     return Mitigation(found, 1.0 if horizon is None else horizon, gamma if "shrink" in parts else 1.0)
 
 
-def fitting(mitigation: Mitigation, optimizer: torch.optim.Optimizer) -> tuple[Mitigation, str]:
-    """What of the mitigation this optimizer can do, and a sentence about what it cannot ('' if it can do all).
+def adapt_to_optimizer(mitigation: Mitigation, optimizer: torch.optim.Optimizer) -> tuple[Mitigation, str]:
+    """Return what of the mitigation this optimizer can do, and a sentence on what it cannot ('' if it can do all).
 
     Raises:
         UnsupportedCombinationError: nothing sensible is left.
@@ -121,7 +121,7 @@ def fitting(mitigation: Mitigation, optimizer: torch.optim.Optimizer) -> tuple[M
 
 
 def velocity(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, group: Group) -> Tensor | None:
-    """What the optimizer will go on to subtract per unit of lr; None before its first step."""
+    """Return what the optimizer will go on to subtract per unit of lr; None before its first step."""
     state: Mapping[str, Any] = optimizer.state.get(parameter, {})
     if "exp_avg" not in state:
         buffer: Tensor | None = state.get("momentum_buffer")

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lightning_eff.integration.rank_faults import RankFaults
 from lightning_eff.runtime.ranks import has_group
 
+__all__ = ["OneReplica"]
 
-class OneReplica:
-    """World size 1 for whoever asks: the same batches everywhere, nothing to reduce; barriers and broadcasts real."""
 
-    stages: Any
+class OneReplica(RankFaults):
+    """Reports a world of size 1: the same batches everywhere, nothing to reduce; barriers and broadcasts are real."""
+
+    stages: int | str | Sequence[str] | None
 
     @property
     def positions(self) -> int:
         """P, processes the model is spread over."""
-        return int(self.num_processes * self.num_nodes)  # type: ignore[attr-defined]
+        return int(self.num_processes * self.num_nodes)
 
     @property
-    def num_stages(self) -> Any:
+    def num_stages(self) -> int | str | Sequence[str]:
         """What ``stages`` asks for: a number, "layers" or names."""
-        return self.positions if self.stages in (None, "auto") else self.stages
+        return self.positions if self.stages is None or self.stages == "auto" else self.stages
 
     @property
     def _pipelines(self) -> bool:
@@ -41,22 +45,22 @@ class OneReplica:
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """For whoever builds a sampler nevertheless."""
+        """Arguments for whoever builds a sampler nevertheless."""
         return {"num_replicas": 1, "rank": 0}
 
     def reduce(self, tensor: Any, *_: Any, **__: Any) -> Any:
-        """The value itself: there is one."""
+        """Return the value itself: there is one replica."""
         return tensor
 
     def all_gather(self, tensor: Any, *_: Any, **__: Any) -> Any:
-        """The value itself, as without a process group."""
+        """Return the value itself, as without a process group."""
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:  # noqa: A002 - Lightning's name
-        """Whether all processes, or any, say so."""
+        """Return whether all processes, or any, say so."""
         if not has_group():
             return decision
-        votes = torch.tensor(int(decision), dtype=torch.int64, device=self.root_device)  # type: ignore[attr-defined]
-        with self._meeting("a decision"):  # type: ignore[attr-defined]
+        votes = torch.tensor(int(decision), dtype=torch.int64, device=self.root_device)
+        with self.naming_lost_ranks("a decision"):
             dist.all_reduce(votes)
         return int(votes) == dist.get_world_size() if all else bool(votes)

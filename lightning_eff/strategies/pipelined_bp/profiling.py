@@ -1,4 +1,4 @@
-"""A look at the model with the first batch: what runs before, in and after the stack, what passes, how long it takes.
+"""The profile of a model from its first batch: what runs where, what passes, how long it takes.
 
 One ``training_step`` is run on rank 0 with nothing kept of it: no log, no random number, no running statistic, no
 update of a metric. Every layer's forward and backward pass is run and timed by itself, so no more than one layer's
@@ -18,17 +18,21 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_eff.errors import ConfigurationError, UnsupportedCombinationError
-from lightning_eff.functional.staleness.stability import top_curvature
+from lightning_eff.functional.staleness.curvature import top_curvature
 from lightning_eff.runtime.rng import USER, Randomness
-from lightning_eff.strategies.pipelined_bp.stack import Carry, Entry, Form, Stack
+from lightning_eff.strategies.pipelined_bp.carry import Carry, Form
+from lightning_eff.strategies.pipelined_bp.entry import Entry
+from lightning_eff.strategies.pipelined_bp.stack import Stack
+
+__all__ = ["Profile", "measure_curvature", "profile_stack"]
 
 REPEATS, ENOUGH_S = (5, 20), 0.2
 """A layer is timed at least and at most so often, and within these limits for so long; the fastest counts."""
 
 
 @dataclass
-class Look:
-    """What was seen.
+class Profile:
+    """Holds what one training step showed of a stack of layers.
 
     Attributes:
         costs_s: forward and backward seconds of every layer; what runs before and after the stack is in the first and
@@ -47,15 +51,15 @@ class Look:
     after: set[str] = field(default_factory=set)
     modules_before: set[str] = field(default_factory=set)
 
-    def note(self, carry: Carry) -> None:
-        """Note what passes here."""
+    def note_carry(self, carry: Carry) -> None:
+        """Note the form and the sizes of what passes between two layers."""
         form = Form.of(carry)
         self.forms.append(form)
         self.sizes.append([(t.shape, t.dtype, t.requires_grad) for t in form.tensors(carry)])
 
 
-def look_at(model: nn.Module, stack: Stack, step: Callable[[], Any], device: torch.device) -> Look:
-    """Run ``step`` once and see.
+def profile_stack(model: nn.Module, stack: Stack, step: Callable[[], Any], device: torch.device) -> Profile:
+    """Run ``step`` once, and measure the layers one by one.
 
     Args:
         model: the LightningModule.
@@ -68,22 +72,22 @@ def look_at(model: nn.Module, stack: Stack, step: Callable[[], Any], device: tor
             nothing.
         ConfigurationError: ``training_step`` does not come by the stack.
     """
-    found, watch = Look(), _Watch(device)
+    profile, watch = Profile(), _Watch(device)
     leaving: list[Tensor] = []
 
     def inside(carry: Carry) -> Any:
-        found.costs_s.append(watch.lap())
-        found.before = _used(model, [t for t in pytree.tree_leaves(tuple(carry)) if isinstance(t, Tensor)])
-        found.costs_s[0] += watch.lap()
-        found.modules_before = ran()
+        profile.costs_s.append(watch.lap())
+        profile.before = _used(model, [t for t in pytree.tree_leaves(tuple(carry)) if isinstance(t, Tensor)])
+        profile.costs_s[0] += watch.lap()
+        profile.modules_before = ran()
         for layer in stack.layers:
-            carry = _alone(carry)
-            found.note(carry)
-            seconds, out = _timed(layer, carry, watch)
-            found.costs_s.append(seconds)
+            carry = _detach(carry)
+            profile.note_carry(carry)
+            seconds, out = _time_layer(layer, carry, watch)
+            profile.costs_s.append(seconds)
             carry = carry._replace(x=out)
-        carry = _alone(carry)
-        found.note(carry)
+        carry = _detach(carry)
+        profile.note_carry(carry)
         leaving.extend(t for t in pytree.tree_leaves(carry.x) if isinstance(t, Tensor))
         watch.lap()
         return carry.x
@@ -104,18 +108,18 @@ def look_at(model: nn.Module, stack: Stack, step: Callable[[], Any], device: tor
                 "what runs where. Return a loss for the first batch."
             )
         forward_s = watch.lap()
-        found.after = _used(model, [loss])
+        profile.after = _used(model, [loss])
         last = forward_s + watch.lap()
-    first = found.costs_s.pop(0)
-    found.costs_s[0] += first
-    found.costs_s[-1] += last
-    return found
+    first = profile.costs_s.pop(0)
+    profile.costs_s[0] += first
+    profile.costs_s[-1] += last
+    return profile
 
 
-def curvature_at(
+def measure_curvature(
     model: nn.Module, step: Callable[[], Any], device: torch.device, weights: Sequence[nn.Parameter] | None = None
 ) -> float:
-    """Largest eigenvalue of the Hessian of the first batch's loss; about 40 passes.
+    """Return the largest eigenvalue of the Hessian of the first batch's loss; about 40 passes.
 
     Args:
         model: the LightningModule; as it was, afterwards.
@@ -148,7 +152,7 @@ def curvature_at(
 
 
 class _Watch:
-    """Seconds since the last lap, with the device's work done."""
+    """Tells the seconds since its last lap, with the device's work done."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._last = device, 0.0
@@ -161,8 +165,8 @@ class _Watch:
         return took
 
 
-def _alone(carry: Carry) -> Carry:
-    """The same values without the graph behind them."""
+def _detach(carry: Carry) -> Carry:
+    """Return the same values without the graph behind them."""
 
     def leaf(t: Any) -> Any:
         return t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
@@ -170,7 +174,8 @@ def _alone(carry: Carry) -> Carry:
     return Carry(*pytree.tree_map(leaf, tuple(carry)))
 
 
-def _timed(layer: nn.Module, carry: Carry, watch: _Watch) -> tuple[float, Any]:
+def _time_layer(layer: nn.Module, carry: Carry, watch: _Watch) -> tuple[float, Any]:
+    """Return the seconds of a layer's forward and backward, the fastest of several, and what it returned."""
     seconds: list[float] = []
     inputs = [t for t in pytree.tree_leaves(tuple(carry)) if isinstance(t, Tensor) and t.requires_grad]
     inputs += [p for p in layer.parameters() if p.requires_grad]
@@ -187,7 +192,7 @@ def _timed(layer: nn.Module, carry: Carry, watch: _Watch) -> tuple[float, Any]:
 
 
 def _used(model: nn.Module, roots: list[Tensor]) -> set[str]:
-    """Names of the parameters on which ``roots`` depend."""
+    """Return the names of the parameters on which ``roots`` depend."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     roots = [t for t in roots if t.requires_grad]
     if not roots or not named:
@@ -199,7 +204,7 @@ def _used(model: nn.Module, roots: list[Tensor]) -> set[str]:
 
 @contextlib.contextmanager
 def _modules_that_ran(model: nn.Module, stack: Stack) -> Iterator[Callable[[], set[str]]]:
-    """Of those outside the layers: a hook makes a compiled one compile again."""
+    """Note which modules outside the layers run: a hook in a layer makes a compiled one compile again."""
     seen: set[str] = set()
     inside = {module for layer in stack.layers for module in layer.modules()}
     outside = [(name, module) for name, module in model.named_modules() if module not in inside]
@@ -213,7 +218,7 @@ def _modules_that_ran(model: nn.Module, stack: Stack) -> Iterator[Callable[[], s
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Nothing of what happens inside is kept: random numbers, buffers, metrics, logs."""
+    """Keep nothing of what happens inside: random numbers, buffers, metrics, logs."""
     # A buffer may be written to, or replaced by another tensor.
     named = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     buffers = [(m, name, b, b.detach().clone()) for m, name, b in named]
@@ -237,7 +242,7 @@ def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _state_of(metric: Any) -> dict[str, Any]:
-    """What a torchmetrics.Metric has accumulated."""
+    """Return what a torchmetrics.Metric has accumulated."""
     names = [*metric._defaults, "_update_count", "_computed"]
     values = {name: getattr(metric, name) for name in names}
     return {

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from lightning_eff.functional.staleness.mitigation import flush_bubble
+from lightning_eff.functional.staleness.schedule import flush_bubble
+from lightning_eff.runtime.figures import console
 from lightning_eff.strategies.pipelined_bp.gantt import Span, schedule_svg
 from lightning_eff.strategies.pipelined_bp.timeline import Sums
 from lightning_eff.strategies.pipelined_bp.weights import Weights
@@ -19,7 +18,7 @@ SHOWN = 16
 
 
 def save_picture(timelines: Timelines, folder: str) -> str | None:
-    """Draw the last micro-batches; the path of the file, or None if nothing was recorded."""
+    """Draw the last micro-batches, and return the path of the file, or None if nothing was recorded."""
     spans = [span for recorded, _ in timelines for span in recorded]
     if not spans:
         return None
@@ -33,7 +32,7 @@ def save_picture(timelines: Timelines, folder: str) -> str | None:
 
 
 def verdict(timelines: Timelines, weights: Weights, picture: str | None) -> list[str]:
-    """Lines for people.
+    """Return the lines that tell people how busy the stages were.
 
     Args:
         timelines: of every position, the first first.
@@ -50,10 +49,11 @@ def verdict(timelines: Timelines, weights: Weights, picture: str | None) -> list
                 f"stage's gradients were up to {first} updates late. mitigation={weights.mitigation}."
             )
         ]
-    busy = [own.utilisation for own in sums]
+    busy = [own.utilisation for own in sums]  # u_p, of every position
     mean = sum(busy) / len(busy)
     seconds = max(own.busy_s + own.wait_s + own.transfer_s + own.other_s for own in sums)
     alone = sum(own.busy_s for own in sums)
+    # A pipeline that is flushed after M = 8 micro-batches: u <= M / (M + P - 1).
     flush = 1 - flush_bubble(len(sums), 8)
     lines = [
         (
@@ -66,8 +66,8 @@ def verdict(timelines: Timelines, weights: Weights, picture: str | None) -> list
     return lines + ([f"pipelined_bp: the schedule is drawn in {picture}"] if picture else [])
 
 
-def tell(timelines: Timelines, weights: Weights, folder: str | None) -> None:
-    """Print the verdict.
+def print_verdict(timelines: Timelines, weights: Weights, folder: str | None) -> None:
+    """Print how busy the stages were, and draw the schedule.
 
     Args:
         timelines: of every position, the first first.
@@ -76,4 +76,4 @@ def tell(timelines: Timelines, weights: Weights, folder: str | None) -> None:
     """
     picture = None if folder is None else save_picture(timelines, folder)
     for line in verdict(timelines, weights, picture):
-        Console().print(line, highlight=False, soft_wrap=True)
+        console().print(line, highlight=False, soft_wrap=True)

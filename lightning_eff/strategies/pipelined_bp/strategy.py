@@ -9,44 +9,43 @@ References:
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from lightning_eff.checks import checked
-from lightning_eff.errors import EffWarning
-from lightning_eff.functional.staleness.mitigation import delay
-from lightning_eff.integration.loop import look_for_sigterm_once_per_window
-from lightning_eff.integration.rank_faults import Meetings
+from lightning_eff.integration import loop
+from lightning_eff.integration.logged import broadcast_logged_metrics, keep_metrics_local, reads_metrics_at
+from lightning_eff.integration.rank_faults import RankFaults
+from lightning_eff.integration.trainer_parts import forget_layer_sync, keep_samplers
 from lightning_eff.methods import METHODS, MethodInfo
 from lightning_eff.runtime.figures import is_logged, log_figures
-from lightning_eff.runtime.patches import Undo, replaced
-from lightning_eff.runtime.rng import Randomness, drawn_seed, same_on_all_ranks
-from lightning_eff.strategies.options import PIPELINED_BP
-from lightning_eff.strategies.pipelined_bp import compatibility as refusals
-from lightning_eff.strategies.pipelined_bp import consolidate as gather
-from lightning_eff.strategies.pipelined_bp import hooks
-from lightning_eff.strategies.pipelined_bp.engine import Runner
-from lightning_eff.strategies.pipelined_bp.mitigation import fitting, parse_mitigation
+from lightning_eff.runtime.finite import OnNonFinite
+from lightning_eff.runtime.patches import Undo
+from lightning_eff.runtime.ranks import broadcast_weights, find_on_rank_0, gather_on_rank_0
+from lightning_eff.runtime.rng import broadcast_generators, seed_of_run
+from lightning_eff.strategies.pipelined_bp import batches, compatibility, hooks
+from lightning_eff.strategies.pipelined_bp.assembly import Assembly
+from lightning_eff.strategies.pipelined_bp.consolidate import Consolidation
+from lightning_eff.strategies.pipelined_bp.engine import Engine
+from lightning_eff.strategies.pipelined_bp.gradients import check_gradients
+from lightning_eff.strategies.pipelined_bp.mitigation import adapt_to_optimizer, parse_mitigation
 from lightning_eff.strategies.pipelined_bp.one_replica import OneReplica
-from lightning_eff.strategies.pipelined_bp.partition import Cut, cut, cut_table
-from lightning_eff.strategies.pipelined_bp.profiling import Look, curvature_at, look_at
-from lightning_eff.strategies.pipelined_bp.report import tell
-from lightning_eff.strategies.pipelined_bp.resume import go_on
-from lightning_eff.strategies.pipelined_bp.stack import find_stack
-from lightning_eff.strategies.pipelined_bp.weights import Stage, Weights
+from lightning_eff.strategies.pipelined_bp.options import OPTIONS
+from lightning_eff.strategies.pipelined_bp.report import print_verdict
+from lightning_eff.strategies.pipelined_bp.trained import TrainedParameters
+from lightning_eff.strategies.pipelined_bp.weights import Weights
 from lightning_eff.strategies.step_guard import StepGuard
 
 KEY = "PipelinedBPStrategy"
+"""Key of the strategy's state in a checkpoint."""
 
 
-class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
+class PipelinedBPMixin(OneReplica, StepGuard, RankFaults):
     """Pipeline parallelism without bubble: every stage updates as soon as a gradient arrives, and allows for the delay.
 
     The layers of one stack are cut into stages, one or more per process. Stage s of S runs sample i forward with
@@ -101,296 +100,299 @@ class PipelinedBPMixin(OneReplica, StepGuard, Meetings):
         process_group_backend: str | None = None,
         timeout_s: float = 1800.0,
     ) -> None:
-        given = checked(PIPELINED_BP, locals())
-        self._wait = timedelta(seconds=given["timeout_s"])
-        super().__init__(process_group_backend=process_group_backend, timeout=self._wait)  # type: ignore[call-arg]
+        options = checked(OPTIONS, locals())
+        self._message_timeout = timedelta(seconds=options["timeout_s"])
+        super().__init__(process_group_backend=process_group_backend, timeout=self._message_timeout)
         self.mitigation = parse_mitigation(
-            given["mitigation"], horizon=given["horizon"], gamma=given["shrink_factor"], stash=given["stash"]
+            options["mitigation"], horizon=options["horizon"], gamma=options["shrink_factor"], stash=options["stash"]
         )
-        self.module, self.stages, self.in_flight = given["module"], given["stages"], given["in_flight"]
-        self.micro_batch_size, self.curvature = given["micro_batch_size"], given["curvature"]
-        self.on_nonfinite, self.schedule_picture = given["on_nonfinite"], given["schedule_picture"]
+        self.module: str | None = options["module"]
+        self.stages: int | str | Sequence[str] | None = options["stages"]
+        self.in_flight: int = options["in_flight"]
+        self.micro_batch_size: int | None = options["micro_batch_size"]
+        self.curvature: float | Literal["measure"] | None = options["curvature"]
+        self.on_nonfinite: OnNonFinite = options["on_nonfinite"]
+        self.schedule_picture: bool = options["schedule_picture"]
         self.metrics: dict[str, float] = {}
         self._trainer: Any = None
-        self._undo: list[Undo] = []
-        self._runner: Runner | None = None
-        self._gathered: gather.Gathered | None = None
-        self._loaded: dict[str, Any] | None = None
-        self._draining = False
         self._model_of_run: Any = None
+        self._undo: list[Undo] = []
+        self._engine: Engine | None = None
+        self._consolidation: Consolidation | None = None
+        self._trained: TrainedParameters | None = None
+        self._saved: dict[str, Any] | None = None  # the checkpoint's state, until the first batch
+        self._draining = False
         self._fingerprint = 0
 
     # ------------------------------------------------------------------------------------------ set up
 
     def _weights(self) -> Weights | None:
-        return None if self._runner is None else self._runner.weights
+        return None if self._engine is None else self._engine.weights
 
     def setup(self, trainer: Any) -> None:
         """Set up as DDP does, without its wrapper; refuse what a pipeline cannot do."""
-        self._trainer, fits = trainer, trainer.state.fn == "fit"
+        self._trainer = trainer
+        fits = trainer.state.fn == "fit"
         if fits or self._model_of_run is not trainer.lightning_module:
             self._begin_run()
         if fits:
-            self._loaded, self._model_of_run = None, trainer.lightning_module
-            refusals.refuse(trainer, self.num_stages, self.positions)
-            self._layer_sync = None  # of SyncBatchNorm: with one replica its batch is the whole batch
-        super().setup(trainer)  # type: ignore[misc]
-        # Lightning takes every DDPStrategy for one that shares samples out, and would put its own sampler in.
-        self._undo += [replaced(trainer._accelerator_connector, "use_distributed_sampler", False)]
+            self._saved = None
+            self._model_of_run = trainer.lightning_module
+            compatibility.refuse_trainer(trainer, num_stages=self.num_stages, positions=self.positions)
+            forget_layer_sync(self)  # of SyncBatchNorm: with one replica its batch is the whole batch
+        super().setup(trainer)
+        self._undo.append(keep_samplers(trainer))  # every process has to load the same samples
         if fits and self._pipelines:
-            model = self.lightning_module  # type: ignore[attr-defined]
-            refusals.refuse_optimizers(self.optimizers)  # type: ignore[attr-defined]
-            refusals.refuse_memories(self.precision_plugin, self.positions)  # type: ignore[attr-defined]
-            self._scheduler_steps = hooks.SchedulerSteps(model, self._weights)
-            self._undo += [
-                look_for_sigterm_once_per_window(trainer),
-                self._scheduler_steps.undo,
-                hooks.keep_metrics_local(model),
-                hooks.at_epoch_end(trainer, self._epoch_ends),
-                hooks.before_validation(trainer, self._drain),
-                hooks.clip_by_stage(self.precision_plugin, self._weights),  # type: ignore[attr-defined]
-                *self._refuse_other_steps(),
-            ]
-            if self.positions > 1:
-                same_on_all_ranks()
+            self._prepare_fit(trainer)
+
+    def _prepare_fit(self, trainer: Any) -> None:
+        """Refuse what optimizer and precision do not go with, and change what a pipeline needs otherwise."""
+        compatibility.refuse_optimizers(self.optimizers)
+        compatibility.refuse_predicted_scales(self.precision_plugin, positions=self.positions)
+        model: Any = self.lightning_module
+        self._scheduler_steps = hooks.SchedulerSteps(model, self._weights)
+        self._undo += [
+            loop.look_for_sigterm_once_per_window(trainer),
+            self._scheduler_steps.install(),
+            keep_metrics_local(model),
+            loop.call_at_epoch_end(trainer, self._end_epoch),
+            loop.call_before_validation(trainer, self._drain),
+            hooks.clip_by_stage(self.precision_plugin, self._weights),
+            *self._refuse_other_steps(),
+        ]
+        if self.positions > 1:
+            broadcast_generators()
 
     def _begin_run(self) -> None:
         """Forget the run before: what follows has other samples, weights and groups of the optimizer."""
-        if self._gathered is not None:
-            self._gathered.give_back()
-        if self._runner is not None:
-            self._runner.abandon()
-        self._runner, self._gathered, self.metrics, self._draining = None, None, {}, False
+        if self._consolidation is not None:
+            self._consolidation.restore_optimizer()
+        if self._engine is not None:
+            self._engine.abandon()
+        self._engine = None
+        self._consolidation = None
+        self._trained = None
+        self._draining = False
+        self.metrics = {}
 
     def configure_ddp(self) -> None:
         """Give every rank the weights of rank 0."""
-        gather.same_weights(self.model)  # type: ignore[attr-defined]
+        model: Any = self.model
+        broadcast_weights(model)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Split the batches of the training loader, if asked for."""
         if self.micro_batch_size and self._trainer is not None and self._trainer.training:
-            dataloader = hooks.with_batch_size(dataloader, self.micro_batch_size)
-        self._undo.append(hooks.seed_workers_alike(dataloader, type(self._trainer).__module__))
-        return super().process_dataloader(dataloader)  # type: ignore[misc]
+            dataloader = batches.split_batches(dataloader, self.micro_batch_size)
+        self._undo.append(batches.seed_workers_alike(dataloader, type(self._trainer).__module__))
+        return super().process_dataloader(dataloader)
 
-    def _begin(self, step: Callable[[], Any]) -> Runner:
-        """With the first batch: look at the model, cut it, keep what is this rank's."""
-        model, optimizer = self.lightning_module, self.optimizers[0]  # type: ignore[attr-defined]
-        device: torch.device = self.root_device  # type: ignore[attr-defined]
-        mitigation, said = fitting(self.mitigation, optimizer)
-        loaded, self._loaded = self._loaded, None
-        stages = self.num_stages
-
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-        def found() -> tuple[str, Look, Cut, int, list[Any]]:
-            stack = find_stack(model, self.module, stages=stages if isinstance(stages, int) else 2)
-            seen = [look_at(model, stack, step, device) for _ in range(2)][-1]  # the first is slow, and times are used
-            wanted = stages
-            if loaded is not None and loaded["layers"] == list(stack.names) and len(loaded["starts"]) == stages:
-                wanted = loaded["starts"]  # measured times differ from run to run
-            where = cut(model, stack, seen, wanted, self.positions)
-            parts = [[p for n, p in named.items() if where.owners[n] == s] for s in range(where.stages)]
-            curved = [
-                curvature_at(model, step, device, p) if self.curvature == "measure" else self.curvature for p in parts
-            ]
-            return stack.name, seen, where, drawn_seed(self._trainer.global_step), curved
-
-        first = self._meeting("the first micro-batch")
-        with hooks.precision_unchanged(self.precision_plugin):  # type: ignore[attr-defined]
-            name, seen, where, seed, curved = gather.told_by_rank_0(found, within=first)
-        stack = find_stack(model, name if self.module is None and name else self.module, stages=where.stages)
-        position = self.positions - 1 - int(self.global_rank)  # type: ignore[attr-defined]
-        mine = [
-            Stage(s, where.stages, self.in_flight, [p for n, p in named.items() if where.owners[n] == s])
-            for s in where.stages_of(position)
-        ]
-        if position == self.positions - 1:
-            delays = [delay(s, where.stages, in_flight=self.in_flight) for s in range(where.stages)]
-            Console(width=140).print(cut_table(stack, seen, where, named, delays))
-            refusals.warn_if_unstable(optimizer, mitigation, delays, curved)
-            if said:
-                warnings.warn(f"pipelined_bp: {said}", EffWarning, stacklevel=2)
-        weights = Weights(mine, mitigation, optimizer)
-        if loaded is not None:
-            seed = loaded["seed"]
-            go_on(weights, loaded, [stack.names[i] for i in where.starts], self.in_flight)
-        self._gathered = gather.Gathered(model, optimizer, where, position)
-        self._undo.append(self._gathered.give_back)
-        streams = Randomness(seed, device)
-        roll: Any = self._roll_call
-        return Runner(stack, seen, where, weights, streams, timeout=self._wait, roll=roll)
+    def _assemble(self, step: Callable[[], Any]) -> Engine:
+        """Profile and cut the model with the first batch, and keep what is this rank's."""
+        model: Any = self.lightning_module
+        optimizer = self.optimizers[0]
+        mitigation, left_out = adapt_to_optimizer(self.mitigation, optimizer)
+        assembly = Assembly(
+            model=model,
+            device=self.root_device,
+            module=self.module,
+            stages=self.num_stages,
+            positions=self.positions,
+            position=self.positions - 1 - self.global_rank,
+            in_flight=self.in_flight,
+            curvature=self.curvature,
+            saved=self._saved,
+        )
+        self._saved = None
+        with hooks.precision_unchanged(self.precision_plugin):
+            blueprint = find_on_rank_0(
+                lambda: assembly.draw_up(step, seed=seed_of_run(self._trainer.global_step)),
+                within=self.naming_lost_ranks("the first micro-batch"),
+            )
+        stack = assembly.find_stack(blueprint)
+        assembly.announce(blueprint, stack, optimizer=optimizer, mitigation=mitigation, left_out=left_out)
+        weights = assembly.make_weights(blueprint, stack, optimizer=optimizer, mitigation=mitigation)
+        self._consolidation = Consolidation(model, optimizer, blueprint.partition, position=assembly.position)
+        self._undo.append(self._consolidation.restore_optimizer)
+        self._consolidation.keep_own_parameters()
+        roll_call: Any = self.roll_call
+        return assembly.connect_engine(blueprint, stack, weights, roll_call=roll_call, timeout=self._message_timeout)
 
     # ------------------------------------------------------------------------------------------ a micro-batch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Note what the batch looks like: first and last stage have to see the same."""
         if self.positions > 1:
-            self._fingerprint = hooks.fingerprint(batch)
-        super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
+            self._fingerprint = batches.fingerprint(batch)
+        super().on_train_batch_start(batch, batch_idx)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the micro-batch forward: the whole model, or this rank's stages of it."""
-        step = functools.partial(super().training_step, *args, **kwargs)  # type: ignore[misc]
+        step = functools.partial(super().training_step, *args, **kwargs)
         if not self._pipelines:
             return step()
-        if self._runner is None:
-            self._runner = self._begin(step)
-            self._trained = refusals.Trained(self.lightning_module, self.optimizers[0])  # type: ignore[attr-defined]
+        if self._engine is None:
+            self._engine = self._assemble(step)
+        if self._trained is None:
+            model: Any = self.lightning_module
+            self._trained = TrainedParameters(model, self.optimizers[0])
         self._trained.check()
-        out = self._runner.forward(step, self._in_step_context, self._fingerprint)
-        if self._runner.is_last:
+        out = self._engine.forward(step, without_user=self._run_in_step_context, fingerprint=self._fingerprint)
+        if self._engine.is_last:
             return out
-        return torch.zeros((), device=self.root_device, requires_grad=True, dtype=torch.float32)  # type: ignore[attr-defined]
+        return torch.zeros((), device=self.root_device, requires_grad=True, dtype=torch.float32)
 
-    def _in_step_context(self, what: Callable[[], Any]) -> None:
-        with self.precision_plugin.train_step_context():  # type: ignore[attr-defined]
+    def _run_in_step_context(self, what: Callable[[], Any]) -> None:
+        with self.precision_plugin.train_step_context():
             what()
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run the loss backward, or the oldest sample whose gradient comes from the next stage."""
-        runner = self._runner
-        if runner is None or runner.is_last:
-            of_base = super().backward  # type: ignore[misc]
-            backward = functools.partial(of_base, closure_loss, optimizer, *args, **kwargs)
-            result: Tensor = backward() if runner is None else runner.backward_of_loss(backward)
+        engine = self._engine
+        if engine is None or engine.is_last:
+            backward = functools.partial(super().backward, closure_loss, optimizer, *args, **kwargs)
+            result: Tensor = backward() if engine is None else engine.backward_of_loss(backward)
             return result
-        if runner.gradient_is_due:
-            runner.backward_of_oldest()
-            self.precision_plugin.post_backward(closure_loss, self.lightning_module)  # type: ignore[attr-defined]
+        if engine.gradient_is_due:
+            engine.backward_of_oldest()
+            model: Any = self.lightning_module
+            self.precision_plugin.post_backward(closure_loss, model)
         return closure_loss.detach()
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Update this rank's stages with the gradient that has come, if one has."""
         if not self._pipelines:
-            return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
-        with self._own_step(), hooks.own_step(optimizer, self._update):
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        with self._own_step(), hooks.replace_step(optimizer, self._update):
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self._scheduler_steps.run_due()
         if not self._draining:
             self._publish()
         return output
 
     def _update(self, step: Callable[[], Any]) -> None:
-        """What the optimizer's step does after forward, backward, hooks and clipping."""
-        runner: Any = self._runner
-        if runner.is_last and runner.arrived is None:
-            runner.no_loss()
-        if runner.arrived:
-            refusals.check_finite(self.lightning_module, runner.weights, self.on_nonfinite)  # type: ignore[attr-defined]
-        runner.update(step)
+        """Update after forward, backward, hooks and clipping; ``step`` is the optimizer's own."""
+        engine: Any = self._engine
+        if engine.is_last and engine.arrived is None:
+            engine.skip_loss()
+        if engine.arrived:
+            model: Any = self.lightning_module
+            check_gradients(model, engine.weights, rank=self.global_rank, on_nonfinite=self.on_nonfinite)
+        engine.update(step)
 
     # ------------------------------------------------------------------------------------------ where ranks meet
 
     def _drain(self) -> None:
         """Make every update that is under way. Later forward passes see the versions they would have seen anyway."""
-        runner = self._runner
-        if runner is None:
+        engine = self._engine
+        if engine is None:
             return
-        runner.timeline.pause()
-        optimizer, model = self.optimizers[0], self.lightning_module  # type: ignore[attr-defined]
+        engine.timeline.pause()
+        optimizer = self.optimizers[0]
 
         def closure() -> Tensor:
             with torch.enable_grad():
-                runner.backward_of_oldest()
-            return torch.zeros((), device=runner.device, dtype=torch.float32)
+                engine.backward_of_oldest()
+            return torch.zeros((), device=engine.device, dtype=torch.float32)
 
         self._draining = True
-        while runner.in_flight:
+        while engine.in_flight:
             optimizer.zero_grad()
-            self.optimizer_step(optimizer, closure, model)
+            self.optimizer_step(optimizer, closure, self.lightning_module)
         self._draining = False
-        runner.timeline.pause()
+        engine.timeline.pause()
 
-    def _meet(self) -> None:
+    def _consolidate(self) -> None:
         """Drain, and give every rank the whole model."""
         self._drain()
-        if self._gathered is not None and self.positions > 1:
-            with self._together("bringing the weights together"):
-                self._gathered.weights()
+        if self._consolidation is not None and self.positions > 1:
+            with self._naming_lost_stages("bringing the weights together"):
+                self._consolidation.broadcast_weights()
 
-    def _epoch_ends(self) -> None:
-        self._meet()
+    def _end_epoch(self) -> None:
+        """Give every rank the whole model and the metrics, before callbacks look at them."""
+        self._consolidate()
         self._share_metrics()
 
     def _share_metrics(self) -> None:
         if self.positions > 1:
-            with self._together("sharing metrics"):
-                gather.metrics_of_rank_0(self._trainer)
+            with self._naming_lost_stages("sharing metrics"):
+                broadcast_logged_metrics(self._trainer)
 
-    def _together(self, where: str) -> AbstractContextManager[None]:
-        return nullcontext() if self._runner is None else self._runner.together(where)
+    def _naming_lost_stages(self, where: str) -> AbstractContextManager[None]:
+        """Return the context of a collective of a running pipeline, in which ranks that do not come are named."""
+        return nullcontext() if self._engine is None else self._engine.neighbours.naming_lost_ranks(where)
 
-    def _let_go(self) -> None:
+    def close_connections(self) -> None:
         """Close the connections to the neighbours."""
-        if self._runner is not None:
-            self._runner.abandon()
+        if self._engine is not None:
+            self._engine.abandon()
 
     def on_validation_start(self) -> None:
-        """Every rank evaluates the whole model."""
-        super().on_validation_start()  # type: ignore[misc]
+        """Bring the whole model together: every rank evaluates it."""
+        super().on_validation_start()
         if self._trainer.state.fn == "fit":
-            self._epoch_ends()  # after it, callbacks may decide by a metric of training as well
+            self._end_epoch()  # after it, callbacks may decide by a metric of training as well
 
     def on_train_end(self) -> None:
-        """Every rank holds the trained model; what neighbours have asked for in advance is answered."""
-        self._meet()
-        if (runner := self._runner) is not None:
-            runner.close()
+        """Give every rank the trained model, part from the neighbours, and say how busy the stages were."""
+        self._consolidate()
+        if (engine := self._engine) is not None:
+            engine.close()
             folder = self._trainer.log_dir or self._trainer.default_root_dir  # all ranks together
-            with self._together("the end of training"):
-                timelines = gather.collected((runner.timeline.spans(), runner.timeline.run))
+            with self._naming_lost_stages("the end of training"):
+                timelines = gather_on_rank_0((engine.timeline.spans(), engine.timeline.run))
             if timelines is not None:
                 timelines.reverse()  # rank 0 has the last stage
-                tell(timelines, runner.weights, folder if self.schedule_picture and self.positions > 1 else None)
-        super().on_train_end()  # type: ignore[misc]
+                is_drawn = self.schedule_picture and self.positions > 1
+                print_verdict(timelines, engine.weights, folder if is_drawn else None)
+        super().on_train_end()
 
     # ------------------------------------------------------------------------------------------ figures and state
 
     def _publish(self) -> None:
         """Log figures every n steps, and let callbacks on all ranks see the metrics they are about to decide by."""
-        trainer, runner = self._trainer, self._runner
-        step = trainer.global_step + 1
-        if runner is not None and is_logged(trainer, step):
-            self.metrics = runner.record()
-            log_figures(trainer, self.metrics)
-        if hooks.decides_in_step(trainer, step):
+        step = self._trainer.global_step + 1
+        if self._engine is not None and is_logged(self._trainer, step):
+            self.metrics = self._engine.take_figures()
+            log_figures(self._trainer, self.metrics)
+        if reads_metrics_at(self._trainer, step):
             self._share_metrics()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole model's, every update made."""
-        refusals.refuse_after_error(self._after_error)
-        self._meet()
-        return super().lightning_module_state_dict()  # type: ignore[misc,no-any-return]
+        """Return the whole model's state, every update made."""
+        compatibility.refuse_after_error(self.left)
+        self._consolidate()
+        return super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The whole optimizer's, on rank 0."""
-        ours: dict[str, Any] = super().optimizer_state(optimizer)  # type: ignore[misc]
-        if self._gathered is None:
+        """Return the whole optimizer's state, on rank 0."""
+        ours: dict[str, Any] = super().optimizer_state(optimizer)
+        if self._consolidation is None:
             return ours
-        with self._together("saving the optimizer's state"):
-            return self._gathered.optimizer_state(ours)
+        with self._naming_lost_stages("saving the optimizer's state"):
+            return self._consolidation.gather_optimizer_state(ours)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save, with the weight versions that later forward passes are to see."""
-        if (runner := self._runner) is not None and "optimizer_states" in checkpoint:
-            with self._together("saving versions of weights"):
-                parts = gather.collected(runner.weights.state())
+        if (engine := self._engine) is not None and "optimizer_states" in checkpoint:
+            with self._naming_lost_stages("saving versions of weights"):
+                parts = gather_on_rank_0(engine.weights.state())
             checkpoint[KEY] = {
-                "samples": runner.weights.samples,
-                "seed": runner.randomness.seed,
+                "samples": engine.weights.samples,
+                "seed": engine.randomness.seed,
                 "in_flight": self.in_flight,
-                "layers": list(runner.stack.names),
-                "starts": list(runner.cut.starts),
+                "layers": list(engine.stack.names),
+                "starts": list(engine.partition.starts),
                 "stages": [state for part in parts or [] for state in part],
             }
-        elif self._loaded is not None and "optimizer_states" in checkpoint:  # before the first batch of a resumed run
-            checkpoint[KEY] = self._loaded
-        super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
+        elif self._saved is not None and "optimizer_states" in checkpoint:  # before the first batch of a resumed run
+            checkpoint[KEY] = self._saved
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Restore the optimizers; the rest is looked at here, and restored with the first batch."""
-        loaded = self.info.read_state(checkpoint[KEY]) if KEY in checkpoint else None
+        saved = self.info.read_state(checkpoint[KEY]) if KEY in checkpoint else None
         self._begin_run()  # what there was before, a search for a learning rate, was a run of its own
-        super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
-        self._loaded = loaded
+        super().load_optimizer_state_dict(checkpoint)
+        self._saved = saved

@@ -8,18 +8,21 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_eff.strategies.pipelined_bp.gantt import Span
+from lightning_eff.strategies.pipelined_bp.gantt import Kind, Span
 
-Kind = Literal["forward", "backward", "update", "wait", "transfer", "other"]
+Activity = Literal["forward", "backward", "update", "wait", "transfer", "other"]
+"""What a rank does at a time."""
 SELDOM = 256
 """Micro-batches after which spans are summed up on CUDA if nobody has asked for them."""
 KEPT = 64
 """Micro-batches whose spans are kept for the picture: the last ones."""
+_DRAWN: dict[Activity, Kind] = {"forward": "forward", "backward": "backward", "update": "update", "wait": "wait"}
+"""What the picture shows: sending and the rest are left out."""
 
 
 @dataclass
 class Sums:
-    """Seconds and counts since the last record.
+    """Sums seconds and counts of one rank.
 
     Attributes:
         busy_s: forward, backward and update.
@@ -44,19 +47,21 @@ class Sums:
         return self.busy_s / whole if whole else 0.0
 
     def per_micro_batch(self, seconds: float) -> float:
-        """A sum as a mean."""
+        """Return the mean of a sum over the micro-batches."""
         return seconds / self.micro_batches if self.micro_batches else 0.0
 
 
 @dataclass
 class Timeline:
-    """Spans of one rank.
+    """Records when one rank computed, waited and sent.
 
     On CUDA a span's ends are events of the stream, read when somebody asks for them.
 
     Attributes:
         stage: row in the picture.
         device: of the computation.
+        run: sums of the run.
+        recent: sums since the last record.
     """
 
     stage: int
@@ -65,8 +70,8 @@ class Timeline:
     recent: Sums = field(default_factory=Sums)
 
     def __post_init__(self) -> None:
-        self._spans: list[tuple[Kind, int, Any, Any]] = []
-        self._doing: tuple[Kind, int, Any] | None = None
+        self._spans: list[tuple[Activity, int, Any, Any]] = []
+        self._doing: tuple[Activity, int, Any] | None = None
         self._read = 0
         self._cuda = self.device.type == "cuda"
         self._zero: Any = None
@@ -82,21 +87,21 @@ class Timeline:
         event.record()
         return event
 
-    def switch(self, kind: Kind, micro_batch: int) -> None:
-        """What the rank did until now ends; it goes on to ``kind``."""
+    def switch(self, kind: Activity, micro_batch: int) -> None:
+        """End what the rank did until now, and begin ``kind``."""
         now = self._now()
         if self._doing is not None:
             self._spans.append((*self._doing, now))
         self._doing = (kind, micro_batch, now)
 
     def pause(self) -> None:
-        """What follows (a validation, a checkpoint) counts nowhere."""
+        """Count what follows (a validation, a checkpoint) nowhere."""
         if self._doing is not None:
             self._spans.append((*self._doing, self._now()))
         self._doing = None
 
-    def micro_batch(self, staleness: int | None) -> None:
-        """One more micro-batch has been begun; one whose gradient came was that stale."""
+    def count_micro_batch(self, staleness: int | None) -> None:
+        """Count one more micro-batch, whose gradient was ``staleness`` updates late."""
         for sums in (self.run, self.recent):
             sums.micro_batches += 1
             sums.staleness += staleness or 0
@@ -104,8 +109,8 @@ class Timeline:
         if not self._cuda or self.run.micro_batches % SELDOM == 0:
             self._sum_up()
 
-    def record(self) -> Sums:
-        """What there was since the last record."""
+    def take_recent(self) -> Sums:
+        """Return what there was since the last record, and begin the next."""
         self._sum_up()
         recent, self.recent = self.recent, Sums()
         return recent
@@ -137,10 +142,14 @@ class Timeline:
         return float(self._zero_s + self._zero.elapsed_time(moment) / 1000)
 
     def spans(self) -> list[Span]:
-        """The last micro-batches, for the picture."""
+        """Return the spans of the last micro-batches, for the picture."""
         self._sum_up()
         if not self._spans:
             return []
         oldest = self._spans[-1][1] - KEPT
-        kept = [span for span in self._spans if span[1] >= oldest and span[0] not in ("transfer", "other")]
-        return [Span(self.stage, kind, micro_batch, start, end) for kind, micro_batch, start, end in kept]  # type: ignore[arg-type]
+        spans: list[Span] = []
+        for activity, micro_batch, start_s, end_s in self._spans:
+            kind = _DRAWN.get(activity)
+            if kind is not None and micro_batch >= oldest:
+                spans.append(Span(self.stage, kind, micro_batch, start_s, end_s))
+        return spans

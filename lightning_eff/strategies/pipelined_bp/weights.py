@@ -12,23 +12,44 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_eff.functional.staleness.mitigation import delay, shrink_factor, spectrain_horizons, spike_coefficients
+from lightning_eff.functional.staleness.mitigation import (
+    add_spikes_,
+    extrapolate_weights_,
+    predict_weights_,
+    shrink_factor,
+    spectrain_horizons,
+    spike_coefficients,
+)
+from lightning_eff.functional.staleness.schedule import stage_delay
 from lightning_eff.strategies.pipelined_bp.mitigation import Group, Mitigation, velocity
+
+
+class Prediction(NamedTuple):
+    """Says how weights are predicted, wherever their values lie.
+
+    Attributes:
+        parameters: whose weights they are.
+        apply: overwrites their values, given in this order, by the predicted ones.
+    """
+
+    parameters: list[nn.Parameter]
+    apply: Callable[[list[Tensor]], None]
 
 
 @dataclass
 class Stage:
-    """One stage and what is remembered of its weights.
+    """Holds one stage and what is remembered of its weights.
 
     Attributes:
         index: s.
         stages: S.
-        in_flight: see :func:`~lightning_eff.functional.delay`.
+        in_flight: see :func:`~lightning_eff.functional.stage_delay`.
         parameters: those that are trained, in the optimizer's order.
         versions: version -> weights as a forward pass is to see them.
         stashed: (sample, weights) of forward passes whose backward pass is to see the same.
@@ -45,10 +66,10 @@ class Stage:
     previous: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
-        self.delay = delay(self.index, self.stages, in_flight=self.in_flight)
+        self.delay = stage_delay(self.index, self.stages, in_flight=self.in_flight)
 
     def horizons(self, mitigation: Mitigation) -> tuple[float, float]:
-        """Updates to look ahead, in forward and in backward passes."""
+        """Return the updates to look ahead, in forward and in backward passes."""
         if "spectrain" in mitigation.parts:
             forward, backward = spectrain_horizons(self.index, self.stages, in_flight=self.in_flight)
             return float(forward), float(backward)
@@ -56,7 +77,7 @@ class Stage:
 
 
 class Weights:
-    """The stages of this rank.
+    """Keeps the weights of the stages on this rank: puts versions in place for passes and makes updates.
 
     Args:
         stages: in order.
@@ -82,11 +103,11 @@ class Weights:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Of all stages."""
+        """The parameters of all stages that are trained."""
         return [p for stage in self.stages for p in stage.parameters]
 
     def groups(self, stage: Stage) -> Iterator[tuple[Group, list[nn.Parameter]]]:
-        """The optimizer's groups and which of their parameters are in this stage."""
+        """Yield the optimizer's groups and which of their parameters are in this stage."""
         for i, own in self._members[stage.index]:
             yield self.optimizer.param_groups[i], own
 
@@ -100,7 +121,7 @@ class Weights:
         passes = []
         for stage in self.stages:
             ahead, _ = self._ahead[stage.index]
-            seen = stage.versions.get(max(0, sample - stage.delay))
+            seen = stage.versions.get(max(0, sample - stage.delay))  # version max(0, i - D_s)
             needed = max(0, sample + 1 - stage.delay)  # by the next sample
             for version in [v for v in stage.versions if v < needed]:
                 del stage.versions[version]
@@ -131,8 +152,11 @@ class Weights:
         Written through .data: graphs in flight go on to read these parameters, whatever is in them.
         """
         kept = [(stage, seen) for stage, seen, _ in passes if seen is not None]
-        moves = [move for stage, seen, ahead in passes if seen is None for move in self._moves(stage, ahead)]
-        self._changed = [p for stage, _ in kept for p in stage.parameters] + [p for own, _, _ in moves for p in own]
+        predictions = [
+            how for stage, seen, ahead in passes if seen is None for how in self.predictions_of(stage, ahead)
+        ]
+        self._changed = [p for stage, _ in kept for p in stage.parameters]
+        self._changed += [p for how in predictions for p in how.parameters]
         if not self._changed:
             return
         data = [p.data for p in self._changed]
@@ -142,32 +166,34 @@ class Weights:
         torch._foreach_copy_([self._true[id(p)] for p in self._changed], data)
         if known := [w for _, seen in kept for w in seen]:
             torch._foreach_copy_(data[: len(known)], known)
-        for own, directions, far in moves:
-            torch._foreach_add_([p.data for p in own], directions, alpha=far)
+        for how in predictions:
+            how.apply([p.data for p in how.parameters])
 
-    def _moves(self, stage: Stage, ahead: float) -> list[tuple[list[nn.Parameter], list[Tensor], float]]:
-        """Where the weights go in ``ahead`` updates: parameters, directions, and how far."""
+    def predictions_of(self, stage: Stage, ahead: float) -> list[Prediction]:
+        """Return how the weights as they are now are turned into those ``ahead`` updates from now."""
         if not ahead:
             return []
         if "lwp_w" in self.mitigation.parts:
             if stage.previous is None:
                 return []
-            steps = torch._foreach_sub([p.detach() for p in stage.parameters], stage.previous)
-            return [(stage.parameters, list(steps), ahead)]
-        moves = []
+            # w_t + T (w_t - w_{t-1})
+            return [Prediction(stage.parameters, partial(extrapolate_weights_, previous=stage.previous, horizon=ahead))]
+        predictions = []
         for group, own in self.groups(stage):
             velocities = [(p, velocity(p, self.optimizer, group)) for p in own]
             known = [(p, v) for p, v in velocities if v is not None]
-            if known and (far := -float(group["lr"]) * ahead):
-                moves.append(([p for p, _ in known], [v for _, v in known], far))
-        return moves
+            if known and (lr := float(group["lr"])) * ahead:
+                # w_t - lr T v_t
+                apply = partial(predict_weights_, velocities=[v for _, v in known], lr=lr, horizon=ahead)
+                predictions.append(Prediction([p for p, _ in known], apply))
+        return predictions
 
     def _predicted(self, stage: Stage, ahead: float) -> list[Tensor]:
-        """A copy of the weights, ``ahead`` updates from now."""
+        """Return a copy of the weights, ``ahead`` updates from now."""
         copies = [p.detach().clone() for p in stage.parameters]
         copy_of = {id(p): copy for p, copy in zip(stage.parameters, copies, strict=True)}
-        for parameters, directions, far in self._moves(stage, ahead):
-            torch._foreach_add_([copy_of[id(p)] for p in parameters], directions, alpha=far)
+        for how in self.predictions_of(stage, ahead):
+            how.apply([copy_of[id(p)] for p in how.parameters])
         return copies
 
     # ------------------------------------------------------------------------------------------ updates
@@ -179,7 +205,7 @@ class Weights:
         Args:
             step: the optimizer's own, without closure.
         """
-        self._keep_versions()
+        self.keep_versions()
         for stage in self.stages:
             if "lwp_w" in self.mitigation.parts and stage.delay:
                 stage.previous = [p.detach().clone() for p in stage.parameters]
@@ -189,21 +215,21 @@ class Weights:
 
     @torch.no_grad()
     def skip_update(self) -> None:
-        """The oldest sample has no gradient (``training_step`` returned None): its update changes nothing."""
-        self._keep_versions()
+        """Pass over the update of the oldest sample, which has no gradient (``training_step`` returned None)."""
+        self.keep_versions()
         for stage in self.stages:  # and no backward pass that is to see these
             while stage.stashed and stage.stashed[0][0] <= self.updates:
                 stage.stashed.popleft()
         self.updates += 1
 
-    def _keep_versions(self) -> None:
+    def keep_versions(self) -> None:
         """Keep the weights that are about to be updated where a later forward pass is to see them."""
         for stage in self.stages:
             if stage.delay and self.updates >= max(0, self.samples - stage.delay):
                 stage.versions[self.updates] = self._predicted(stage, self._ahead[stage.index][0])
 
     def _step(self, step: Callable[[], Any]) -> None:
-        """The user's optimizer, with what the mitigation adds, one parameter group for each group and stage."""
+        """Step the user's optimizer, with what the mitigation adds, one parameter group for each group and stage."""
         optimizer, compensates = self.optimizer, "sc" in self.mitigation.parts
         if not any(stage.delay for stage in self.stages) or not (compensates or self.mitigation.gamma != 1.0):
             step()
@@ -214,14 +240,16 @@ class Weights:
                 part = {**group, "params": own}
                 grads = [(p, p.grad) for p in own if p.grad is not None]
                 if self.mitigation.gamma != 1.0 and stage.delay and grads:
-                    torch._foreach_mul_([g for _, g in grads], shrink_factor(stage.delay, self.mitigation.gamma))
+                    factor = shrink_factor(stage.delay, self.mitigation.gamma)
+                    torch._foreach_mul_([g for _, g in grads], factor)  # gamma^D g
                 if compensates and stage.delay and grads:
+                    # a = m^D, b = (1 - m^D) / (1 - m)
                     a, b = spike_coefficients(float(group["momentum"]), self.mitigation.horizon * stage.delay)
                     # Weight decay is part of the gradient, with today's weights, so that it is compensated for as well.
-                    if decay := group["weight_decay"]:
+                    if decay := group["weight_decay"]:  # g + decay w
                         torch._foreach_add_([g for _, g in grads], [p.detach() for p, _ in grads], alpha=decay)
-                    part |= {"lr": group["lr"] * a, "weight_decay": 0}
-                    spikes.append((grads, float(group["lr"]) * b))
+                    part |= {"lr": group["lr"] * a, "weight_decay": 0}  # the optimizer does w - lr a v'
+                    spikes.append((grads, float(group["lr"]), b))
                 parts.append((group, part))
         optimizer.param_groups = [part for _, part in parts]
         try:
@@ -230,13 +258,13 @@ class Weights:
             optimizer.param_groups = whole
         for group, part in parts:  # some optimizers keep numbers there
             group.update({k: v for k, v in part.items() if k not in ("params", "lr", "weight_decay")})
-        for grads, size in spikes:
-            torch._foreach_add_([p for p, _ in grads], [g for _, g in grads], alpha=-size)
+        for grads, lr, b in spikes:
+            add_spikes_([p for p, _ in grads], [g for _, g in grads], lr=lr, b=b)  # w - lr b g
 
     # ------------------------------------------------------------------------------------------ state
 
     def state(self) -> list[dict[str, Any]]:
-        """What a resumed run needs besides weights and optimizer, for every stage; nothing may be in flight."""
+        """Return what a resumed run needs besides weights and optimizer, for every stage; nothing may be in flight."""
         return [
             {
                 "stage": stage.index,

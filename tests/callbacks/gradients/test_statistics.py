@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_eff.callbacks import GradientPruning, GradientStatistics
 from lightning_eff.errors import ConfigurationError, NoEffectWarning
-from tests.callbacks.gradients.test_pruning import ROOTS, Lognormal, Net, images, parameters, trainer, vectors
+from tests.callbacks.gradients.models import ROOTS, Lognormal, Net, images, parameters, trainer, vectors
 from tests.harness import run_ranks
 
 KEY = "eff/gradient_statistics/"

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional import luq_codes, luq_quantize, smp_quantize
-from lightning_eff.functional.numerics.luq import Rounding
+from lightning_eff.functional.numerics.luq import GradientRounding
 from tests.bounds import FALSE_ALARM, bernstein, codebook, lognormal, neighbours
 
 POINTS = (0.001, 0.0078, 0.01, 0.02, 0.03, 0.1, 0.3, 0.5, 0.74, 0.75, 0.76, 0.99)
 DRAWS = 1 << 19
 
 
-def draws_of(points: Tensor, levels: int, seed: int, rounding: Rounding = "luq") -> Tensor:
+def draws_of(points: Tensor, levels: int, seed: int, rounding: GradientRounding = "luq") -> Tensor:
     """(points, DRAWS) float64 quantised copies of each point, for a maximum of one."""
     rows = [
         luq_codes(p.expand(DRAWS), levels=levels, max_abs=1.0, rounding=rounding, seed=seed * 1000 + i).dequantize()
@@ -51,7 +51,7 @@ def test_unbiased_with_the_stated_variance(levels: int, seed: int) -> None:
     ("rounding", "innocent"),
     [("nearest", 0.0), ("no_underflow", 1 / 64), ("no_log_rounding", -1 / 64)],
 )
-def test_the_ablations_are_convicted(rounding: Rounding, innocent: float, seed: int) -> None:
+def test_the_ablations_are_convicted(rounding: GradientRounding, innocent: float, seed: int) -> None:
     """The same test that passes LUQ fails each biased variant, and only where the variant differs from LUQ."""
     points = torch.tensor(POINTS)
     verdict = biased(points, draws_of(points, 7, seed, rounding).mean(1), 7, DRAWS)
@@ -75,7 +75,7 @@ def test_rounding_to_nearest_halves_heavy_tailed_gradients(seed: int) -> None:
     variance = ((magnitude - lower) * (upper - magnitude)).mean()
     bound = bernstein(variance, (upper - lower).max(), x.numel(), 4) / magnitude.mean()
 
-    def ratio(rounding: Rounding) -> float:
+    def ratio(rounding: GradientRounding) -> float:
         return float(luq_codes(x, rounding=rounding, seed=seed).dequantize().abs().double().mean() / magnitude.mean())
 
     assert abs(ratio("luq") - 1) < bound

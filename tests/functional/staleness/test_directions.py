@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_eff.functional.staleness.directions import adam_direction, nadam_direction
-from lightning_eff.functional.staleness.mitigation import predict
-from tests.functional.staleness.test_mitigation import nonlinear
+from lightning_eff.functional.staleness.mitigation import predict_weight
+from tests.functional.staleness.losses import nonlinear
 
 BETAS = pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)])
 
@@ -28,7 +28,9 @@ def test_the_direction_of_adam_is_what_the_last_step_took(betas: tuple[float, fl
         optimizer.step()
         state: dict[str, Any] = optimizer.state[weight]
         found = adam_direction(state["exp_avg"], state["exp_avg_sq"], step, betas=betas, eps=1e-6)
-        torch.testing.assert_close(predict(before, found, lr=0.01, horizon=1), weight.detach(), rtol=0, atol=1e-15)
+        torch.testing.assert_close(
+            predict_weight(before, found, lr=0.01, horizon=1), weight.detach(), rtol=0, atol=1e-15
+        )
     assert not adam_direction(before, before, 0, betas=betas, eps=1e-6).any()
 
 

@@ -1,4 +1,4 @@
-"""The optimizer against torch's and against golden sequences, the schedule against what its delays promise."""
+"""The optimizer against torch's and against golden sequences, lists of tensors against one tensor."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.functional.staleness.mitigation import (
-    delay,
-    extrapolate,
-    flush_bubble,
+    add_spikes_,
+    extrapolate_weight,
+    extrapolate_weights_,
     geometric_horizon,
-    predict,
+    predict_weight,
+    predict_weights_,
     scale_hyperparameters,
-    schedule,
     sgd_update,
     shrink_factor,
     spectrain_horizons,
     spike_coefficients,
-    utilisation,
 )
+from tests.functional.staleness.losses import nonlinear
 
 # w_1 .. w_8 of w_0 = 1, loss w^2 / 2, lr 0.1, m 0.9, D = 2: (spike, prediction) -> weights
 GOLDEN = {
@@ -50,8 +50,8 @@ class Run:
 
     def look(self, prediction: str = "none", horizon: float = 0.0) -> Tensor:
         if prediction == "v":
-            return predict(self.weight, self.velocity, lr=self.lr, horizon=horizon)
-        return extrapolate(self.weight, self.previous, horizon=horizon if prediction == "w" else 0)
+            return predict_weight(self.weight, self.velocity, lr=self.lr, horizon=horizon)
+        return extrapolate_weight(self.weight, self.previous, horizon=horizon if prediction == "w" else 0)
 
     def update(self, gradient: Gradient, prediction: str = "none", horizon: float = 0.0) -> Tensor:
         self.seen.append(self.look(prediction, horizon))
@@ -60,10 +60,6 @@ class Run:
         self.weight, self.velocity = sgd_update(self.weight, self.velocity, grad, **self.settings)
         self.previous = before
         return self.weight
-
-
-def nonlinear(weight: Tensor) -> Tensor:
-    return torch.tanh(3 * weight) + 0.1 * weight**3
 
 
 @pytest.mark.parametrize(("spike", "prediction"), GOLDEN)
@@ -173,7 +169,7 @@ def test_spike_compensation_is_prediction_over_the_geometric_horizon(late: int) 
 
 def test_predictions_are_new_tensors_and_exact_without_a_horizon() -> None:
     weight, velocity = torch.randn(5), torch.full((5,), math.inf)
-    for found in (predict(weight, velocity, lr=0.1, horizon=0), extrapolate(weight, velocity, horizon=0)):
+    for found in (predict_weight(weight, velocity, lr=0.1, horizon=0), extrapolate_weight(weight, velocity, horizon=0)):
         assert torch.equal(found, weight)
         assert found is not weight
     before = [weight.clone(), weight.clone()]
@@ -181,98 +177,51 @@ def test_predictions_are_new_tensors_and_exact_without_a_horizon() -> None:
     assert all(torch.equal(tensor, weight) for tensor in before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("horizon", [0.0, 0.75, 6.0])
+def test_lists_are_overwritten_with_the_bits_of_torchs_own_arithmetic(horizon: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weights, others = ([torch.randn(n, 3, generator=generator).to(dtype) for n in (5, 1, 40)] for _ in range(2))
+    lr, b = 0.03, 1.7 * horizon
+    expected: dict[str, list[Tensor]] = {
+        "predict": [torch.add(w, v, alpha=-lr * horizon) for w, v in zip(weights, others, strict=True)],
+        "extrapolate": [torch.add(w, w - p, alpha=horizon) for w, p in zip(weights, others, strict=True)],
+        "spike": [torch.add(w, g, alpha=-lr * b) for w, g in zip(weights, others, strict=True)],
+    }
+    calls: dict[str, Callable[[list[Tensor]], None]] = {
+        "predict": lambda own: predict_weights_(own, others, lr=lr, horizon=horizon),
+        "extrapolate": lambda own: extrapolate_weights_(own, others, horizon=horizon),
+        "spike": lambda own: add_spikes_(own, others, lr=lr, b=b),
+    }
+    for name, call in calls.items():
+        own = [w.clone() for w in weights]
+        call(own)
+        assert all(torch.equal(w, e) for w, e in zip(own, expected[name], strict=True)), name
+    for w, v, e in zip(weights, others, expected["predict"], strict=True):
+        assert torch.equal(predict_weight(w, v, lr=lr, horizon=horizon), e)
+    for w, p, e in zip(weights, others, expected["extrapolate"], strict=True):
+        assert torch.equal(extrapolate_weight(w, p, horizon=horizon), e)
+
+
+def test_lists_without_a_horizon_or_a_spike_keep_their_bits() -> None:
+    """Even beside an infinite velocity, 0 times which would be NaN."""
+    weight, infinite = torch.randn(5), [torch.full((5,), math.inf)]
+    own = [weight.clone()]
+    predict_weights_(own, infinite, lr=0.1, horizon=0)
+    extrapolate_weights_(own, infinite, horizon=0)
+    add_spikes_(own, infinite, lr=0.1, b=0)
+    assert torch.equal(own[0], weight)
+
+
 def test_extrapolation_follows_the_spike_and_prediction_does_not() -> None:
     a, b = spike_coefficients(0.9, 4)
     weight, velocity, grad = torch.ones(1), torch.zeros(1), torch.ones(1)
     new, velocity = sgd_update(weight, velocity, grad, lr=0.01, momentum=0.9, a=a, b=b)
-    steps = [float(new - predict(new, velocity, lr=0.01, horizon=4)), float(new - extrapolate(new, weight, horizon=4))]
+    steps = [
+        float(new - predict_weight(new, velocity, lr=0.01, horizon=4)),
+        float(new - extrapolate_weight(new, weight, horizon=4)),
+    ]
     assert steps == pytest.approx([0.04, 0.04 * (a + b)], rel=1e-4)
-
-
-def test_delays_and_horizons() -> None:
-    for stages in (1, 2, 5, 8):
-        for s in range(stages):
-            assert delay(s, stages) == 2 * (stages - 1 - s)
-            assert delay(s, stages, in_flight=1) == stages - 1 - s
-            assert spectrain_horizons(s, stages) == (2 * (stages - 1) - s, s)
-            assert spectrain_horizons(s, stages, in_flight=1) == (s // 2 + stages - s - 1, s // 2)
-        assert sum(delay(s, stages) + 1 for s in range(stages)) == stages**2  # activations kept by all stages
-
-
-SIZES = {"samples": st.integers(1, 40), "stages": st.integers(1, 7)}
-
-
-@given(**SIZES, in_flight=st.integers(1, 4))
-def test_a_schedule_keeps_its_promises(samples: int, stages: int, in_flight: int) -> None:
-    plan = schedule(samples, stages, in_flight=in_flight)
-    at = {(s, op.kind, op.sample): op.step for s, operations in enumerate(plan) for op in operations}
-    for s, operations in enumerate(plan):
-        late = delay(s, stages, in_flight=in_flight)
-        assert sorted((op.kind, op.sample) for op in operations) == sorted(
-            (kind, i) for kind in ("forward", "backward") for i in range(samples)
-        )
-        updates, kept, most_kept = 0, 0, 0
-        for op in operations:
-            assert op.version == updates
-            assert op.version == (op.sample if op.kind == "backward" else max(0, op.sample - late))
-            neighbour = at.get(
-                (s - 1, "forward", op.sample) if op.kind == "forward" else (s + 1, "backward", op.sample)
-            )
-            assert neighbour is None or neighbour < op.step
-            updates += op.kind == "backward"
-            kept += 1 if op.kind == "forward" else -1
-            assert kept >= 0
-            most_kept = max(most_kept, kept)
-        assert most_kept == min(late + 1, samples)
-        for i in range(samples):  # a backward may share the step of its forward, but not of another backward
-            assert at[s, "backward", i] >= at[s, "forward", i] + (in_flight == 1)
-        slots = [(op.step, op.kind if in_flight > 1 else "any") for op in operations]
-        assert len(set(slots)) == len(slots)
-        assert [op.step for op in operations] == sorted(op.step for op in operations)
-
-
-@given(**SIZES)
-def test_the_papers_schedule_to_the_step(samples: int, stages: int) -> None:
-    plan = schedule(samples, stages)
-    for s, operations in enumerate(plan):
-        for op in operations:
-            assert op.step == (op.sample + s if op.kind == "forward" else op.sample + 2 * (stages - 1) - s)
-    steps = 1 + max(op.step for operations in plan for op in operations)
-    assert samples / steps == pytest.approx(utilisation(samples, stages))
-
-
-@given(samples=st.integers(8, 40), stages=st.integers(1, 8))
-def test_1f1b_is_as_busy_as_its_formula(samples: int, stages: int) -> None:
-    plan = schedule(samples, stages, in_flight=1)
-    steps = 1 + max(op.step for operations in plan for op in operations)
-    assert 2 * samples / steps == pytest.approx(utilisation(samples, stages, fine_grained=False))
-    assert 1 - 2 * samples / steps == pytest.approx(flush_bubble(stages, samples))
-
-
-@given(**SIZES, in_flight=st.integers(1, 3))
-def test_spectrain_looks_at_one_moment(samples: int, stages: int, in_flight: int) -> None:
-    """All stages predict what they will be when stage 0 has the gradient: for k < 3 to the time step."""
-    plan = schedule(samples + 3 * stages, stages, in_flight=in_flight)
-    ends = {(s, op.sample): op.step for s, operations in enumerate(plan) for op in operations if op.kind == "backward"}
-    for s, operations in enumerate(plan):
-        forward, backward = spectrain_horizons(s, stages, in_flight=in_flight)
-        for op in operations[: 2 * samples]:
-            if op.version == 0:
-                continue
-            target = op.version + (forward if op.kind == "forward" else backward)
-            assert target == op.sample + backward
-            moment = ends[0, op.sample]
-            there = sum(step < moment for (stage, _), step in ends.items() if stage == s)
-            assert 0 <= there - op.sample <= in_flight * s
-            if in_flight < 3:
-                assert abs(there - target) <= (in_flight == 1)
-
-
-@pytest.mark.parametrize(("samples", "stages", "expected"), [(1, 34, 0.0149), (128, 34, 0.660), (128, 169, 0.276)])
-def test_utilisation(samples: int, stages: int, expected: float) -> None:
-    assert utilisation(samples, stages) == pytest.approx(expected, abs=5e-4)
-    assert utilisation(1, stages) == pytest.approx(1 / (2 * stages - 1))
-    assert utilisation(samples, stages, fine_grained=False) == pytest.approx(1 - flush_bubble(stages, samples))
 
 
 @pytest.mark.parametrize(("reference", "lr", "momentum"), [(128, 6.428e-6, 0.99917721), (256, 1.6073e-6, 0.99958852)])
@@ -292,10 +241,6 @@ def test_shrinking() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: delay(3, 3), "stage=3 is not allowed; it must be a whole number from 0 to 2"),
-        (lambda: delay(-1, 3), "stage=-1"),
-        (lambda: delay(0, 0), "stages=0"),
-        (lambda: delay(0, 3, in_flight=0), "in_flight=0"),
         (lambda: spectrain_horizons(3, 3), "stage=3"),
         (
             lambda: spike_coefficients(1.1, 2),
@@ -307,10 +252,6 @@ def test_shrinking() -> None:
         (lambda: geometric_horizon(-0.1, 2), "momentum=-0.1"),
         (lambda: shrink_factor(2, 1.5), "gamma=1.5"),
         (lambda: shrink_factor(-2, 0.5), "delay=-2"),
-        (lambda: utilisation(0, 3), "samples=0"),
-        (lambda: flush_bubble(3, 0), "micro_batches=0"),
-        (lambda: schedule(0, 3), "samples=0"),
-        (lambda: schedule(3, 0), "stages=0"),
         (lambda: scale_hyperparameters(0.1, 0.9, 0, 1), "batch_size=0"),
         (lambda: scale_hyperparameters(0.1, 1.9, 1, 1), "momentum=1.9"),
         (lambda: scale_hyperparameters(-0.1, 0.9, 1, 1), "lr=-0.1"),

@@ -23,6 +23,7 @@ from lightning_eff.functional.stragglers.model import (
 )
 from lightning_eff.functional.stragglers.simulated import LognormalDelay
 from lightning_eff.functional.stragglers.threshold import completed
+from tests.functional.stragglers.quadrature import exact_largest_normal
 from tests.harness import run_ranks
 
 INF = math.inf
@@ -44,13 +45,6 @@ FINISHED = {8: 1.116, 64: 1.177, 200: 1.168}
 
 def lognormal_table(steps: int, workers: int, first_step: int = 0) -> Tensor:
     return LognormalDelay().table(steps, workers, 12, first_step=first_step)
-
-
-def exact_largest_normal(n: int) -> float:
-    """E[max of n standard normal numbers] = integral of x d(Phi(x)^n), by quadrature."""
-    x = torch.linspace(-10, 10, 400_001, dtype=torch.float64)
-    cdf = torch.special.ndtr(x).pow(n)
-    return float(x[-1] * cdf[-1] - torch.trapezoid(cdf, x))
 
 
 @pytest.mark.parametrize("workers", LARGEST_NORMAL)

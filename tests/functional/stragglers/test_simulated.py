@@ -20,8 +20,7 @@ from lightning_eff.functional.stragglers.simulated import (
     parse_delay,
 )
 from lightning_eff.functional.stragglers.timings import write_timings
-from tests.bounds import bernstein
-from tests.functional.test_random import chi_square, chi_square_bound, correlation, correlation_bound
+from tests.bounds import bernstein, chi_square, chi_square_bound, correlation, correlation_bound
 
 ALPHA, BETA = 2 * math.exp(4.5), 5.5
 DELAYS = [LognormalDelay(seed=3), StallDelay(seed=3), SlowRankDelay(1, 2.5), TraceDelay(torch.rand(3, 2, 5) + 0.1)]

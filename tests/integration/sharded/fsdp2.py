@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_eff.precision.formats.config import LUQConfig
+from lightning_eff.precision.formats.luq import LUQOptions
 from lightning_eff.precision.layers.convert import convert
 from tests.integration.sharded.models import DATA, TARGET, Net, Task, asked_for, digest, kinds, run
 
@@ -72,7 +72,7 @@ def tensor_parallel(rank: int, world_size: int) -> dict[str, str]:
     """Layer name -> why it is left alone, of a model of which one layer is split by tensor parallelism."""
     mesh = init_device_mesh("cpu", (world_size,))
     net = parallelize_module(Net(), mesh, {"alone": ColwiseParallel()})
-    return {row.name: row.reason for row in convert(net, LUQConfig()).rows}
+    return {row.name: row.reason for row in convert(net, LUQOptions()).rows}
 
 
 def fabric(rank: int, world_size: int, kind: str, method: str, poison_rank: int = -1) -> dict[str, Any]:

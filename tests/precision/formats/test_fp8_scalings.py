@@ -12,20 +12,20 @@ import lightning_eff.pytorch_lightning as standalone
 from lightning_eff import LowPrecision
 from lightning_eff.errors import ConfigurationError, NoEffectWarning
 from lightning_eff.functional import fp8_quantize
-from lightning_eff.functional.numerics.fp8 import E4M3, E5M2, fp8_codes
+from lightning_eff.functional.numerics.fp8 import FP8_E4M3, FP8_E5M2, fp8_codes
 from lightning_eff.precision import FP8Precision
-from lightning_eff.precision.formats.config import FP8Config
+from lightning_eff.precision.formats.fp8 import FP8Options
 from lightning_eff.precision.formats.history import advance
 from lightning_eff.precision.layers.convert import convert
+from tests.precision.closeness import close
 from tests.precision.models import task, trainer
-from tests.precision.test_fp8 import close
 
 CPU = torch.device("cpu")
 
 
 def converted(layer: nn.Module, **options: Any) -> Any:
     model = nn.Sequential(layer)
-    conversion = convert(model, FP8Config(exempt_first_last=False, filter_slow=False, **options))
+    conversion = convert(model, FP8Options(exempt_first_last=False, filter_slow=False, **options))
     (state,) = conversion.states.values()
     return model, state
 
@@ -40,7 +40,7 @@ def test_rowwise_products_are_those_of_the_cast_operands(products: str, seed: in
     weight = model[0].weight
 
     def q(t: torch.Tensor, dim: int) -> torch.Tensor:
-        return fp8_quantize(t.detach(), E4M3, power_of_two=True, dim=dim)
+        return fp8_quantize(t.detach(), FP8_E4M3, power_of_two=True, dim=dim)
 
     close(y.detach(), q(x, 1) @ q(weight, 1).T, 48)
     close(x.grad, q(grad, 1) @ q(weight, 0), 32)
@@ -66,7 +66,7 @@ def test_rowwise_convolutions_have_one_scale_and_e4m3_gradients(seed: int) -> No
     y = model(x)
     grad = torch.randn(y.shape)
     y.backward(grad)
-    xq, wq, gq = (fp8_quantize(t.detach(), E4M3, power_of_two=True) for t in (x, model[0].weight, grad))
+    xq, wq, gq = (fp8_quantize(t.detach(), FP8_E4M3, power_of_two=True) for t in (x, model[0].weight, grad))
     leaf = wq.requires_grad_()
     expected = nn.functional.conv2d(xq, leaf)
     expected.backward(gq)
@@ -90,18 +90,18 @@ def test_delayed_scales_come_from_the_steps_before(seed: int) -> None:
         def q(t: torch.Tensor, role: str, dtype: torch.dtype, scales: dict[str, float] = scales) -> torch.Tensor:
             return fp8_codes(t.detach(), dtype, max_abs=torch.tensor(scales[role])).dequantize()
 
-        close(y.detach(), q(x, "input", E4M3) @ q(model[0].weight, "weight", E4M3).T, 64)
-        close(x.grad, q(grad, "grad", E5M2) @ q(model[0].weight, "weight", E4M3), 32)
+        close(y.detach(), q(x, "input", FP8_E4M3) @ q(model[0].weight, "weight", FP8_E4M3).T, 64)
+        close(x.grad, q(grad, "grad", FP8_E5M2) @ q(model[0].weight, "weight", FP8_E4M3), 32)
         for role, tensor in now.items():
             largest[role].append(tensor.detach().abs().max().item())
-        advance(list(state.memories.values()), CPU)
+        advance(list(state.histories.values()), CPU)
         state.invalidate()
 
 
 def test_a_scale_does_not_depend_on_the_tensor_it_scales(seed: int) -> None:
     model, state = converted(nn.Linear(16, 16, bias=False), scaling="delayed")
     model(torch.ones(4, 16)).sum().backward()
-    advance(list(state.memories.values()), CPU)
+    advance(list(state.histories.values()), CPU)
     for value in (0.5, 1.0, 100.0):
         x = torch.full((4, 16), 0.25)
         x[0, 0] = value
@@ -120,7 +120,7 @@ def test_small_layers_are_left_alone_and_named() -> None:
             "wide": nn.Conv2d(32, 64, 3),
         }
     )
-    rows = {row.name: row.reason for row in convert(model, FP8Config(exempt_first_last=False)).rows}
+    rows = {row.name: row.reason for row in convert(model, FP8Options(exempt_first_last=False)).rows}
     assert rows["large"] == rows["wide"] == ""
     assert rows["small"] == rows["narrow"] == "too small to get faster on cpu (filter_slow=False converts it)"
 
@@ -138,10 +138,10 @@ def test_small_layers_are_left_alone_and_named() -> None:
 )
 def test_on_a_gpu_torchaos_sizes_are_left_alone(scaling: str, shape: tuple[int, ...], reason: str) -> None:
     options: Any = {"scaling": scaling}
-    found = FP8Config(**options).too_slow(shape, torch.device("cuda"))
+    found = FP8Options(**options).too_slow(shape, torch.device("cuda"))
     assert reason in found
     assert bool(found) == bool(reason)
-    assert not FP8Config(filter_slow=False, **options).too_slow(shape, torch.device("cuda"))
+    assert not FP8Options(filter_slow=False, **options).too_slow(shape, torch.device("cuda"))
 
 
 def test_a_model_of_small_layers_is_told_so() -> None:

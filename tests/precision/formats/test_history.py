@@ -11,7 +11,7 @@ import torch
 from lightning_eff.functional import DelayedScale, HindsightMax
 from lightning_eff.functional.numerics.flexpoint import Autoflex
 from lightning_eff.functional.numerics.lognormal import FittedFormat
-from lightning_eff.precision.formats.history import Memory, advance
+from lightning_eff.precision.formats.history import History, advance
 from lightning_eff.precision.formats.shared_exponent import AgreedAutoflex
 from tests.harness import run_ranks
 
@@ -33,7 +33,7 @@ class Recorder:
 
 
 def test_the_largest_of_a_step_arrives_once() -> None:
-    seen, unseen, pair = Memory(Recorder()), Memory(Recorder()), Memory(Recorder(), numbers=2)
+    seen, unseen, pair = History(Recorder()), History(Recorder()), History(Recorder(), numbers=2)
     for value in (1.0, 3.0, 2.0):
         seen.observe(torch.tensor(value))
     pair.observe(torch.tensor([-5.0, 1.0]))
@@ -46,22 +46,22 @@ def test_the_largest_of_a_step_arrives_once() -> None:
 
 
 def test_what_is_forgotten_does_not_arrive_and_what_is_observed_is_a_copy() -> None:
-    memory, value = Memory(Recorder()), torch.tensor(1.0)
-    memory.observe(torch.tensor(9.0))
-    memory.forget()
-    memory.observe(value)
+    history, value = History(Recorder()), torch.tensor(1.0)
+    history.observe(torch.tensor(9.0))
+    history.forget()
+    history.observe(value)
     value.fill_(8.0)
-    advance([memory], CPU)
-    assert memory.estimate.updates == [(1.0,)]
+    advance([history], CPU)
+    assert history.estimate.updates == [(1.0,)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_broken_step_is_told_as_such(bad: float) -> None:
-    memory = Memory(Recorder())
-    memory.observe(torch.tensor(bad))
-    memory.observe(torch.tensor(1.0))
-    advance([memory], CPU)
-    assert memory.estimate.updates == [(math.inf,)]
+    history = History(Recorder())
+    history.observe(torch.tensor(bad))
+    history.observe(torch.tensor(1.0))
+    advance([history], CPU)
+    assert history.estimate.updates == [(math.inf,)]
 
 
 @pytest.mark.parametrize("name", ESTIMATES)
@@ -104,12 +104,12 @@ def test_the_first_scale_is_used_up_to_the_first_step_alone() -> None:
 
 
 def _advanced(rank: int, world_size: int) -> list[Any]:
-    memories = [Memory(Recorder()) for _ in range(3)]
-    memories[0].observe(torch.tensor(float(rank)))
+    histories = [History(Recorder()) for _ in range(3)]
+    histories[0].observe(torch.tensor(float(rank)))
     if rank == 1:
-        memories[1].observe(torch.tensor(-2.0))
-    advance(memories, CPU)
-    return [memory.estimate.updates for memory in memories]
+        histories[1].observe(torch.tensor(-2.0))
+    advance(histories, CPU)
+    return [history.estimate.updates for history in histories]
 
 
 def test_ranks_agree_on_the_largest() -> None:

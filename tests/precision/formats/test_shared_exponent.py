@@ -14,8 +14,8 @@ from lightning_eff.functional.numerics.dfp16 import dfp_quantize
 from lightning_eff.functional.numerics.flexpoint import Autoflex, autoflex_init, flex_quantize
 from lightning_eff.precision import DFP16Precision, FlexpointPrecision
 from lightning_eff.precision.flexpoint import SECOND_MOMENTS
-from lightning_eff.precision.formats.config import FlexpointConfig, IntegerConfig
 from lightning_eff.precision.formats.history import advance
+from lightning_eff.precision.formats.shared_exponent import DFP16Options, FlexpointOptions
 from lightning_eff.precision.layers.convert import convert
 from tests.precision.models import parameters_of, task, trainer
 
@@ -46,7 +46,7 @@ def products_of(layer: nn.Module, x: Tensor, weight: Tensor, grad: Tensor) -> li
 def test_dfp_products_are_those_of_the_rounded_operands(name: str, products: str, seed: int) -> None:
     make, shape = LAYERS[name]
     layer, x = make(), torch.randn(shape, requires_grad=True)
-    convert(nn.Sequential(layer), IntegerConfig(products=products))
+    convert(nn.Sequential(layer), DFP16Options(products=products))
     y = layer(x)
     grad = torch.randn(y.shape)
     y.backward(grad)
@@ -60,7 +60,7 @@ def test_dfp_has_more_than_ten_times_the_accuracy_of_bfloat16(products: str, see
     layer, x = nn.Linear(512, 64, bias=False), torch.randn(64, 512)
     expected = x.double() @ layer.weight.detach().double().T
     bf16 = (x.bfloat16() @ layer.weight.detach().bfloat16().T).double()
-    convert(nn.Sequential(layer), IntegerConfig(products=products))
+    convert(nn.Sequential(layer), DFP16Options(products=products))
     error, theirs = ((y.double() - expected).norm() / expected.norm() for y in (layer(x).detach(), bf16))
     assert error < 3e-4
     assert 10 * error < theirs
@@ -79,7 +79,7 @@ def test_flexpoint_stores_what_it_reads_and_writes_with_predicted_exponents(
     """Over four steps, the exponent of every tensor is that of an Autoflex fed with the maxima of the steps before."""
     make, shape = LAYERS[name]
     layer = make()
-    (state,) = convert(nn.Sequential(layer), FlexpointConfig(products=products)).states.values()
+    (state,) = convert(nn.Sequential(layer), FlexpointOptions(products=products)).states.values()
     flexes: dict[str, Autoflex] = {}
     for step in range(4):
         x = (torch.randn(shape) * 2**step).requires_grad_()
@@ -99,21 +99,21 @@ def test_flexpoint_stores_what_it_reads_and_writes_with_predicted_exponents(
             limited = theirs.clamp(-(2**15) * scale, (2**15 - 1) * scale)
             assert ((ours - limited).abs() <= 0.51 * scale + 1e-5 * theirs.abs().max()).all()
         for role, tensor in {**roles, **expected}.items():
-            assert state.memories[role].estimate.scale == flexes[role].scale, role
+            assert state.histories[role].estimate.scale == flexes[role].scale, role
             flexes[role].update(tensor.detach().to(torch.float32).abs().max().item())
-        advance(list(state.memories.values()), CPU)
+        advance(list(state.histories.values()), CPU)
         state.invalidate()
 
 
 def test_flexpoint_overflows_are_counted_and_corrected(seed: int) -> None:
     layer = nn.Linear(16, 16, bias=False)
-    conversion = convert(nn.Sequential(layer), FlexpointConfig(measure_every_n_steps=1))
+    conversion = convert(nn.Sequential(layer), FlexpointOptions(measure_every_n_steps=1))
     (state,) = conversion.states.values()
-    flex = state.memories["input"].estimate
+    flex = state.histories["input"].estimate
     for step, (factor, overflows) in enumerate(((1.0, 0), (1.0, 0), (100.0, 1), (100.0, 1))):
         state.measure = step == 3
         layer(torch.ones(4, 16) * factor).sum().backward()
-        advance(list(state.memories.values()), CPU)
+        advance(list(state.histories.values()), CPU)
         state.invalidate()
         assert flex.overflows == overflows
     assert state.metrics["overflows"] >= 1
@@ -122,8 +122,8 @@ def test_flexpoint_overflows_are_counted_and_corrected(seed: int) -> None:
 
 def test_without_stored_results_the_products_are_left_as_they_are(seed: int) -> None:
     layer, x = nn.Linear(48, 32, bias=False), torch.randn(20, 48)
-    (state,) = convert(nn.Sequential(layer), FlexpointConfig(store_results=False)).states.values()
-    assert set(state.memories) == {"input", "weight", "grad"}
+    (state,) = convert(nn.Sequential(layer), FlexpointOptions(store_results=False)).states.values()
+    assert set(state.histories) == {"input", "weight", "grad"}
     expected = flex_quantize(x, autoflex_init(x.abs().max().item())).double()
     expected = (
         expected @ flex_quantize(layer.weight.detach(), autoflex_init(layer.weight.abs().max().item())).double().T
@@ -192,7 +192,7 @@ def test_rounding_to_nearest_loses_small_updates_and_stochastic_rounding_keeps_t
             weight.grad = torch.full_like(weight, -1e-5)
             optimizer.step()
             plugin._after_step(optimizer)
-            advance(plugin._memories(), CPU)
+            advance(plugin.histories(), CPU)
         ends[rounding] = weight.detach().mean().item()
     assert ends["nearest"] == 1.0
     deviation = (200 * 2.0**-13 * 1e-5 / 4096) ** 0.5  # of the mean: every step adds at most units * update of variance
@@ -229,7 +229,7 @@ def test_bad_options_are_named(options: dict[str, Any]) -> None:
 
 
 def test_the_table_names_the_products() -> None:
-    assert DFP16Precision(products="emulated").config.format().native(CPU) is False
-    assert DFP16Precision(products="native").config.format().native(CPU) is True
+    assert DFP16Precision(products="emulated").options.format().native(CPU) is False
+    assert DFP16Precision(products="native").options.format().native(CPU) is True
     with pytest.raises(ConfigurationError, match="'flexpoint16' has no option 'bits'"):
         trainer(callbacks=[LowPrecision("flexpoint16", {"bits": 8})]).fit(task())

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_eff.errors import ConfigurationError
-from lightning_eff.precision.formats.config import LUQConfig
+from lightning_eff.precision.formats.luq import LUQOptions
 from lightning_eff.precision.layers.convert import convert
 from lightning_eff.precision.layers.twins import STATE, Twin
-from tests.precision.models import ALL, body, config, converted
+from tests.precision.models import ALL, body, converted, every_layer
 
 
 class MyLinear(nn.Linear):
@@ -90,7 +90,7 @@ def test_normalisation_and_activations_are_not_in_the_table() -> None:
 
 
 def test_first_and_last_are_exempt_by_default() -> None:
-    conversion = convert(body(), LUQConfig())
+    conversion = convert(body(), LUQOptions())
     assert [bool(row.reason) for row in conversion.rows] == [True, False, False, True]
     assert "the first layer" in conversion.rows[0].reason
     assert "the last layer" in conversion.rows[-1].reason
@@ -99,26 +99,26 @@ def test_first_and_last_are_exempt_by_default() -> None:
 
 def test_an_embedding_in_front_counts_as_the_first() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5))
-    assert list(convert(model, LUQConfig()).states) == ["1", "2"]
+    assert list(convert(model, LUQOptions()).states) == ["1", "2"]
     model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))  # the last of those that could be converted
-    assert list(convert(model, LUQConfig()).states) == []
+    assert list(convert(model, LUQOptions()).states) == []
 
 
 def test_patterns() -> None:
-    conversion = convert(body(), config(exempt=["2", "[456]"]))
+    conversion = convert(body(), every_layer(exempt=["2", "[456]"]))
     assert list(conversion.states) == ["0"]
     assert conversion.rows[1].reason == "exempt: matches '2'"
     with pytest.raises(ConfigurationError, match=r"'\*\.head' matches no layer.*0, 2, 4, 6"):
-        convert(body(), config(exempt=["*.head"]))
+        convert(body(), every_layer(exempt=["*.head"]))
     model = nn.Sequential(nn.MultiheadAttention(4, 2))
-    assert not convert(model, config(exempt=["0"])).states
+    assert not convert(model, every_layer(exempt=["0"])).states
     assert type(model[0].out_proj).__name__ == "NonDynamicallyQuantizableLinear"
 
 
 def test_a_pattern_that_matches_nothing_changes_nothing() -> None:
     model = body()
     with pytest.raises(ConfigurationError):
-        convert(model, config(exempt=["0", "nothing"]))
+        convert(model, every_layer(exempt=["0", "nothing"]))
     assert not any(STATE in module.__dict__ for module in model.modules())
 
 
@@ -226,7 +226,7 @@ def test_the_fused_encoder_path_is_refused_and_restored(activation: str) -> None
 def test_an_encoder_whose_layers_are_left_alone_keeps_its_fused_path() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoder(layer, 1))
-    convert(model, config(exempt=["1.*"]))
+    convert(model, every_layer(exempt=["1.*"]))
     assert model[1].use_nested_tensor
     assert model[1].layers[0].activation_relu_or_gelu
 

@@ -203,9 +203,9 @@ def test_non_finite_gradients_stay_visible(name: str) -> None:
             layer, x = make(), torch.randn(shape, requires_grad=True)
             converted(nn.Sequential(layer), **options)
             layer(x).sum().backward()
-            memories = list(layer.__dict__[STATE].memories.values())
-            advance(memories, torch.device("cpu"))
-            before = [memory.estimate.value for memory in memories]
+            histories = list(layer.__dict__[STATE].histories.values())
+            advance(histories, torch.device("cpu"))
+            before = [history.estimate.value for history in histories]
             layer.weight.grad, x.grad = None, None
             y = layer(x)
             dy = torch.ones_like(y)
@@ -214,8 +214,8 @@ def test_non_finite_gradients_stay_visible(name: str) -> None:
             assert layer.weight.grad.isnan().all()
             assert x.grad is not None
             assert x.grad.isnan().all()
-            advance(memories, torch.device("cpu"))
-            assert [memory.estimate.value for memory in memories] == before
+            advance(histories, torch.device("cpu"))
+            assert [history.estimate.value for history in histories] == before
             assert all(math.isfinite(value) for value in before)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_eff.kernels.relu import packs
-from lightning_eff.precision.formats.config import LUQConfig
+from lightning_eff.precision.formats.luq import LUQOptions
 from lightning_eff.precision.layers.convert import convert
 from lightning_eff.precision.layers.relu import ReLUTwin
 from lightning_eff.precision.layers.twins import twin_class
@@ -104,7 +104,7 @@ def test_conversion_swaps_the_class_and_gives_it_back(pack: bool) -> None:
             return super().forward(x) + 1
 
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), Own())
-    conversion = convert(model, LUQConfig(exempt_first_last=False, pack_relu=pack))
+    conversion = convert(model, LUQOptions(exempt_first_last=False, pack_relu=pack))
     assert isinstance(model[1], ReLUTwin) == pack
     assert type(model[3]) is Own
     conversion.undo()
@@ -114,5 +114,5 @@ def test_conversion_swaps_the_class_and_gives_it_back(pack: bool) -> None:
 
 def test_a_model_without_converted_layers_is_left_alone() -> None:
     model = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
-    convert(model, LUQConfig())
+    convert(model, LUQOptions())
     assert type(model[1]) is nn.ReLU

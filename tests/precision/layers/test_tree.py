@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_eff.errors import EffWarning
-from lightning_eff.precision.formats.config import LUQConfig
+from lightning_eff.precision.formats.luq import LUQOptions
 from lightning_eff.precision.layers.convert import convert
 from lightning_eff.precision.layers.twins import STATE, Twin
 from tests.precision.exact import exactly_converted
@@ -49,7 +49,7 @@ class Perceptual(torchmetrics.Metric):
 def test_networks_inside_metrics_are_left_alone_and_named(nested: bool) -> None:
     metric: nn.Module = torchmetrics.MetricCollection({"perceptual": Perceptual()}) if nested else Perceptual()
     model = nn.ModuleDict({"metric": metric, "net": body()})
-    conversion = convert(model, LUQConfig(exempt_first_last=False))
+    conversion = convert(model, LUQOptions(exempt_first_last=False))
     assert is_plain(metric)
     assert {row.name.split(".")[0] for row in conversion.rows if not row.reason} == {"net"}
     inside = [row.reason for row in conversion.rows if row.name.startswith("metric")]
@@ -60,8 +60,8 @@ def test_networks_inside_metrics_are_left_alone_and_named(nested: bool) -> None:
 def test_a_network_that_a_metric_shares_with_the_model_is_the_models() -> None:
     metric = Perceptual()
     model = nn.ModuleDict({"metric": metric, "net": metric.net})
-    assert convert(model, LUQConfig()).layers == 2
-    first = convert(nn.ModuleDict({"metric": Perceptual(), "net": body()}), LUQConfig())
+    assert convert(model, LUQOptions()).layers == 2
+    first = convert(nn.ModuleDict({"metric": Perceptual(), "net": body()}), LUQOptions())
     assert "first layer" in next(row.reason for row in first.rows if row.name == "net.0")  # not the metric's
 
 
@@ -70,7 +70,7 @@ def test_a_frozen_layer_is_plain_until_a_gradient_passes_it() -> None:
     x = torch.randn(5, 12)
     expected = teacher(x)
     model = nn.ModuleDict({"teacher": teacher, "student": student})
-    conversion = convert(model, LUQConfig(exempt_first_last=False))
+    conversion = convert(model, LUQOptions(exempt_first_last=False))
     notes = {row.name: row.note for row in conversion.rows}
     assert notes["teacher.0"] == "frozen: plain until a gradient passes"
     assert notes["student.0"] == ""
@@ -83,7 +83,7 @@ def test_a_frozen_layer_is_plain_until_a_gradient_passes_it() -> None:
         assert torch.equal(teacher(x), below)  # and the same in evaluation from then on
     frozen = body().requires_grad_(False)
     expected = frozen(x)
-    convert(frozen, LUQConfig(exempt_first_last=False))
+    convert(frozen, LUQOptions(exempt_first_last=False))
     assert torch.equal(frozen(x), expected)
     frozen.requires_grad_(True)
     assert not torch.equal(frozen(x), expected)  # unfrozen
@@ -91,7 +91,7 @@ def test_a_frozen_layer_is_plain_until_a_gradient_passes_it() -> None:
 
 def test_a_layer_frozen_during_the_run_goes_on_as_it_was() -> None:
     model, x = body(), torch.randn(5, 12)
-    convert(model, LUQConfig(exempt_first_last=False))
+    convert(model, LUQOptions(exempt_first_last=False))
     expected = model(x)
     model.requires_grad_(False)  # toggle_optimizer does so with the other optimizer's parameters
     assert torch.equal(model(x), expected)
@@ -125,7 +125,7 @@ def test_changes_are_noticed_named_and_undone(change: str) -> None:
     act, said, layers = CHANGES[change]
     model = body()
     before = list(model.modules())
-    conversion = convert(model, LUQConfig())
+    conversion = convert(model, LUQOptions())
     assert not conversion.update().came
     act(model)
     found = conversion.update()
@@ -147,7 +147,7 @@ def test_changes_are_noticed_named_and_undone(change: str) -> None:
 
 def test_the_last_layer_is_the_last_of_all_converted_or_not() -> None:
     model = body()
-    conversion = convert(model, LUQConfig())
+    conversion = convert(model, LUQOptions())
     del model[6]  # the exempt one: 4 is the last now, and stays converted
     model.insert(1, nn.Linear(24, 24))
     conversion.update()
@@ -156,7 +156,7 @@ def test_the_last_layer_is_the_last_of_all_converted_or_not() -> None:
 
 def test_a_layer_that_is_taken_out_and_put_back_is_converted_once() -> None:
     model = body()
-    conversion, layer = convert(model, LUQConfig()), model[2]
+    conversion, layer = convert(model, LUQOptions()), model[2]
     model[2] = nn.Identity()
     conversion.update()
     assert is_plain(layer)
@@ -195,7 +195,7 @@ def test_a_forward_that_was_replaced_on_the_object() -> None:
     model = body()
     inner = model[2].forward
     model[2].forward = lambda x: inner(x) * 2  # accelerate, hand-made hooks
-    rows = convert(model, LUQConfig()).rows
+    rows = convert(model, LUQOptions()).rows
     assert "its forward has been replaced on the object" in rows[1].reason
     model = body()
     conversion = exactly_converted(model)
@@ -257,7 +257,7 @@ def test_a_copy_taken_during_a_run_may_be_left_alone_in_the_next() -> None:
     exactly_converted(model)
     parametrizations.weight_norm(model[1])
     copied = copy.deepcopy(model)
-    conversion = convert(copied, LUQConfig(exempt=["0"], exempt_first_last=False))
+    conversion = convert(copied, LUQOptions(exempt=["0"], exempt_first_last=False))
     assert list(conversion.states) == ["2"]
 
 
@@ -301,7 +301,7 @@ def test_a_copy_of_the_plugin_has_converted_nothing() -> None:
 
 def test_what_cannot_be_quantised_is_said_once() -> None:
     model = body()
-    convert(model, LUQConfig())
+    convert(model, LUQOptions())
     model.double()
     with pytest.warns(EffWarning, match=r"Layer '[24]' computes in high precision here: it multiplies torch\.float64"):
         model(torch.randn(4, 12, dtype=torch.float64))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,45 +14,13 @@ from torch import Tensor
 from lightning_eff.errors import EffWarning, NonFiniteGradientError
 from tests.harness import RanksFailedError, run_ranks
 from tests.integration.conftest import run_python
-from tests.strategies.dropcompute.test_strategy import PLAN, SAMPLES, M, planned, reference
+from tests.strategies.dropcompute.plans import PLAN, SAMPLES, M, planned, reference
+from tests.strategies.faults import ENDED_S, FAULTS, REPORTED_S, TIMEOUT_S, WAITED_FOR
 from tests.strategies.models import BATCH, loader, loss_of, parameters_of, task, trainer
 from tests.strategies.processes import no_orphans
 
-TIMEOUT_S = 2.5
-"""Of collectives, where a rank hangs; the ranks have imported everything by then, or forming the group takes longer."""
-REPORTED_S = 2.0
-"""Reliability promise: a rank's death is an error on the others after at most this time."""
-ENDED_S = 15.0
-"""What a whole interpreter gets to clean up and exit; the default timeout of a collective is 1800 s."""
 FIRST, MIDDLE, LAST = 0, 2 * M + 1, 6 * M - 1
 """Micro-batches at which a fault happens: of step 0, inside a window, the last of the last step."""
-
-
-class OwnError(Exception):
-    """What the user's code raises."""
-
-
-def _die(folder: Path) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _raise(folder: Path) -> None:
-    raise OwnError("of the user's code")
-
-
-def _hang(folder: Path) -> None:
-    """Until the other rank has noticed, so that the pool need not kill this one."""
-    while not (folder / "seen").exists():
-        time.sleep(0.02)
-
-
-def _freeze(folder: Path) -> None:
-    """The whole process, with the store if it is rank 0 that keeps it."""
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-FAULTS = {"die": _die, "raise": _raise, "hang": _hang, "freeze": _freeze}
-WAITED_FOR = {"hang", "freeze"}
 
 
 def _import_everything(rank: int, world: int) -> None:
@@ -101,7 +67,11 @@ def _told(error: RanksFailedError, rank: int) -> str:
 
 BEFORE = {FIRST: "a reduction", MIDDLE: "optimizer step 1", LAST: "optimizer step 4"}
 """Fault -> where the rank was last."""
+
+
 LONG = pytest.mark.long
+
+
 CASES = [
     pytest.param("raise", 0, FIRST),
     pytest.param("raise", 1, MIDDLE),
@@ -153,9 +123,6 @@ def test_a_frozen_process_is_named_though_it_may_keep_the_store(tmp_path: Path, 
     assert error.failures == {victim: "hung", 1 - victim: "RankLostError"}
     expected = "Missing: rank 1 (last seen at optimizer step 1)" if victim else "Rank 0 hangs or cannot be reached"
     assert expected in _told(error, 1 - victim)
-
-
-# ---------------------------------------------------------------------------------------------------- NaN and Inf
 
 
 def _poisoned(rank: int, world: int, victim: int, at: int, value: float, options: dict[str, Any]) -> dict[str, Any]:
@@ -214,9 +181,6 @@ def test_a_broken_micro_batch_that_is_dropped_breaks_nothing() -> None:
     assert (first["weights"] - reference(plan)).norm() <= 2e-6 * reference(plan).norm()
 
 
-# ---------------------------------------------------------------------------------------------------- nothing computed
-
-
 def _with_nothing(rank: int, world: int, plan: list[list[int]]) -> tuple[Tensor, int]:
     """The strategy computes one micro-batch at least; its all-reduce does not rely on it."""
     strategy = planned(plan)
@@ -243,9 +207,6 @@ def test_a_step_in_which_no_rank_computed_changes_nothing() -> None:
     assert first.isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
 def _raise_while_saving(rank: int, world: int, folder: str) -> None:
     from lightning.pytorch.callbacks import Callback
 
@@ -254,7 +215,7 @@ def _raise_while_saving(rank: int, world: int, folder: str) -> None:
             if trainer.global_step == 3:
                 if rank == 0:
                     (Path(folder) / "fault").write_text(str(time.time()))
-                    trainer.strategy.checkpoint_io.save_checkpoint = lambda *_, **__: _raise(Path(folder))
+                    trainer.strategy.checkpoint_io.save_checkpoint = lambda *_, **__: FAULTS["raise"](Path(folder))
                 trainer.save_checkpoint(Path(folder) / "broken.ckpt")
 
     try:
@@ -273,8 +234,6 @@ def test_a_checkpoint_that_cannot_be_written_ends_both(tmp_path: Path) -> None:
     assert caught.value.failures[1] not in ("died", "hung")
     assert float((tmp_path / "seen").read_text()) - float((tmp_path / "fault").read_text()) < REPORTED_S
 
-
-# ---------------------------------------------------------------------------------------------------- whole processes
 
 SCRIPT = """
 import os, signal, sys, time

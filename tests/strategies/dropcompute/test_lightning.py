@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_eff.errors import EffError
 from tests.harness import run_ranks
-from tests.strategies.dropcompute.test_strategy import PLAN, SAMPLES, STEPS, M, planned
+from tests.strategies.dropcompute.plans import PLAN, SAMPLES, STEPS, M, planned
 from tests.strategies.models import BATCH, FEATURES, loader, loss_of, ours, parameters_of, stock, task, trainer
 
 FULL = [[M] * STEPS] * 2

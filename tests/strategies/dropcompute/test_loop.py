@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_eff.errors import EffError
 from tests.harness import run_ranks
-from tests.strategies.dropcompute.test_strategy import PLAN, SAMPLES, STEPS, M, planned, reference
+from tests.strategies.dropcompute.plans import PLAN, SAMPLES, STEPS, M, planned, reference
 from tests.strategies.models import (
     BATCH,
     NAMESPACES,
@@ -109,7 +109,7 @@ def _cut_short(rank: int, world: int) -> dict[str, Any]:
     strategy = planned(plan)
     runner = trainer(strategy, accumulate_grad_batches=M, max_epochs=2)
     runner.fit(model, loader(rank, world, SAMPLES))
-    return {"weights": parameters_of(model.net), "steps": runner.global_step, "tally": strategy._total}
+    return {"weights": parameters_of(model.net), "steps": runner.global_step, "tally": strategy._tallies.total}
 
 
 def test_an_epoch_cut_short_inside_a_window_leaves_nothing_behind() -> None:
@@ -162,7 +162,7 @@ def _slow(rank: int, world: int, folder: str, what: str) -> list[int]:
     write = runner.strategy.checkpoint_io.save_checkpoint
     strategy.checkpoint_io.save_checkpoint = lambda *args, **options: (time.sleep(0.6), write(*args, **options))
     runner.fit(model, loader(rank, world, 2 * 2 * BATCH * M), loader(rank, world, 2 * BATCH))
-    return [strategy._total.dropped, len(model.computed)]
+    return [strategy._tallies.total.dropped, len(model.computed)]
 
 
 @pytest.mark.parametrize("what", ["validation", "checkpoint", "data"])
@@ -205,7 +205,7 @@ def _measured(rank: int, world: int, kind: str) -> dict[str, Any]:
         change = GradientAccumulationScheduler({0: 2, 1: 3})
         options = {"max_epochs": 3, "limit_train_batches": 12, "callbacks": [change]}
     until = []
-    model = task(on_before_zero_grad=lambda self, _: until.append(strategy._measuring_until))
+    model = task(on_before_zero_grad=lambda self, _: until.append(strategy._search.measuring_until))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         trainer(strategy, **options).fit(model, loader(rank, world, SAMPLES))

@@ -11,33 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from tests.harness import run_ranks
-from tests.strategies.dropcompute.test_strategy import PLAN, SAMPLES, STEPS, M, planned
+from tests.loaders import ResumableLoader
+from tests.strategies.dropcompute.plans import PLAN, SAMPLES, STEPS, M, planned
 from tests.strategies.models import BATCH, NAMESPACES, loader, parameters_of, stock, task, trainer
 
 KEY = "DropComputeStrategy"
+
+
 TWO_EPOCHS = [row * 2 for row in PLAN]
+
+
 COMPUTED = [sum(row[step] for row in TWO_EPOCHS) for step in range(2 * STEPS)]
-
-
-class ResumableLoader:
-    """A rank's batches, from the one a checkpoint says is next."""
-
-    def __init__(self, rank: int, world: int, samples: int = SAMPLES) -> None:
-        self.batches, self.next = list(loader(rank, world, samples)), 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Any:
-        for place in range(self.next % len(self.batches), len(self.batches)):
-            self.next = place + 1
-            yield self.batches[place]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next % len(self.batches)}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.next = state_dict["next"]
 
 
 def _saver(folder: str, cut: int | None, after: int = 0) -> Any:
@@ -87,7 +71,9 @@ def _run(
     runner = trainer(strategy, root, **options)
     name = resume if isinstance(resume, str) else "cut.ckpt"
     torch.manual_seed(4 if resume else 3)
-    runner.fit(model, ResumableLoader(rank, world, samples), ckpt_path=str(Path(folder) / name) if resume else None)
+    runner.fit(
+        model, ResumableLoader(loader(rank, world, samples)), ckpt_path=str(Path(folder) / name) if resume else None
+    )
     momentum = [state["momentum_buffer"] for state in runner.optimizers[0].state.values() if "momentum_buffer" in state]
     return {
         "steps": steps,
@@ -97,7 +83,7 @@ def _run(
         "global_step": runner.global_step,
         "threshold_s": getattr(strategy, "threshold_s", None),
         "strategy_steps": getattr(strategy, "_steps", None),
-        "measuring_until": getattr(strategy, "_measuring_until", None),
+        "measuring_until": strategy._search.measuring_until if hasattr(strategy, "_search") else None,
         "max_steps": runner.max_steps,
         "runner": runner,
     }
@@ -105,9 +91,6 @@ def _run(
 
 def _told(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key != "runner"}
-
-
-# ---------------------------------------------------------------------------------------------------- the same bits
 
 
 def _cut_and_continue(rank: int, world: int, folder: str, cut: int, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -194,9 +177,6 @@ def test_a_checkpoint_inside_a_window_resumes_as_stock_lightning_does(tmp_path: 
             assert torch.equal(first, second)
 
 
-# ---------------------------------------------------------------------------------------------------- with and without
-
-
 def _added_and_taken(rank: int, world: int, folder: str) -> dict[str, Any]:
     full = [[M] * 2 * STEPS] * 2
     whole = _run(rank, world, folder, stock(), plain=True)
@@ -229,9 +209,9 @@ def test_one_device_without_the_strategy_goes_on(tmp_path: Path, root: str) -> N
     assert result["global_step"] == 2 * STEPS
 
 
-# ---------------------------------------------------------------------------------------------------- the threshold
-
 MEASURED_STEPS = 22
+
+
 MEASURED_SAMPLES = 2 * BATCH * M * MEASURED_STEPS
 
 
@@ -360,9 +340,6 @@ def test_a_threshold_for_other_steps_is_not_kept(tmp_path: Path) -> None:
     assert first[1]["measuring_until"] == second[1]["measuring_until"] == 13 + 8
     assert first[1]["threshold_s"] == second[1]["threshold_s"] < math.inf
     assert first[1]["threshold_s"] != first[0]["threshold_s"]
-
-
-# ---------------------------------------------------------------------------------------------------- the tally
 
 
 def _saved_afterwards(rank: int, world: int, folder: str) -> None:

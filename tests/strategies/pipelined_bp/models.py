@@ -25,6 +25,7 @@ SAMPLES = 38
 """10 micro-batches, the last of them of 2 samples."""
 STEPS = 20
 """Updates of :func:`fit` unless told otherwise: two epochs."""
+EPOCH = STEPS // 2
 CUTS = {1: [], 2: ["net.3"], 3: ["net.2", "net.4"], 4: ["net.2", "net.3", "net.5"]}
 """Number of stages -> layers at which stages begin."""
 
@@ -37,6 +38,11 @@ def data(samples: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> tup
 def loader(samples: int = SAMPLES, *, seed: int = 1, dtype: torch.dtype = torch.float32, shuffle: bool = True) -> Any:
     rows = torch.utils.data.TensorDataset(*data(samples, seed, dtype))
     return torch.utils.data.DataLoader(rows, batch_size=BATCH, shuffle=shuffle)
+
+
+def val_loader() -> Any:
+    """The validation set: 10 samples of another seed."""
+    return loader(10, seed=2, shuffle=False)
 
 
 # ------------------------------------------------------------------------------------------------------- the model

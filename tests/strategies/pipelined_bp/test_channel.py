@@ -10,18 +10,19 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_eff.errors import UnsupportedCombinationError
-from lightning_eff.runtime.rng import same_on_all_ranks
-from lightning_eff.strategies.pipelined_bp import consolidate as gather
 from lightning_eff.strategies.pipelined_bp.channel import _DTYPES, ALIGNMENT, DATA, NOTHING, Channel, Message
-from lightning_eff.strategies.pipelined_bp.partition import Cut
 from tests.harness import run_ranks
 from tests.strategies.pipelined_bp.models import bits
 
 CPU = torch.device("cpu")
+
+
 GRADS = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+
+
 Spec = tuple[tuple[int, ...], torch.dtype, bool]
 """Shape, dtype, whether it needs a gradient."""
 
@@ -73,8 +74,6 @@ def exchanged(agreed: list[Spec], sent: list[list[Spec]], ahead: int = 2) -> Non
     assert len(received) == len(sent)
 
 
-# ---------------------------------------------------------------------------------------------------- values
-
 USUAL: list[Spec] = [((3, 5), torch.float32, True), ((3,), torch.bool, False)]
 
 
@@ -112,6 +111,8 @@ def test_sizes_may_change_from_message_to_message(ahead: int) -> None:
 
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+
+
 specs = st.sampled_from(_DTYPES).flatmap(
     lambda dtype: st.tuples(shapes, st.just(dtype), st.booleans() if dtype in GRADS else st.just(False))
 )
@@ -161,9 +162,6 @@ def test_what_does_not_fit_the_header_is_refused(given_: list[Spec]) -> None:
         channel.send(Message(DATA, 0, [torch.zeros(shape, dtype=dtype) for shape, dtype, _ in given_]))
 
 
-# ---------------------------------------------------------------------------------------------------- the end
-
-
 def _both_ways(rank: int, world: int, count: int) -> Any:
     """As two stages: samples one way, gradients the other, some of them without one, the end in between."""
     there, back = dist.new_group(), dist.new_group()
@@ -202,103 +200,3 @@ def test_at_the_end_nothing_is_under_way(count: int) -> None:
     assert last == [(DATA, bits([made(spec, i) for spec in USUAL])) for i in range(count)] + [2, 2]
     empty, full = (NOTHING, []), [(DATA, bits([made(USUAL[0], i)])) for i in range(count)]
     assert first == [empty if i % 3 == 1 else full[i] for i in range(count)] + [2, 2]
-
-
-# ---------------------------------------------------------------------------------------------------- all together
-
-
-class Replaces(nn.Module):
-    """Puts another tensor in the place of a buffer, as running averages are often written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2, 2)
-        self.register_buffer("average", torch.zeros(2))
-
-    def step(self, value: float) -> None:
-        self.average = 0 * self.average + value
-        with torch.no_grad():
-            self.linear.weight.fill_(value)
-
-
-def _bring_together(rank: int, world: int) -> Any:
-    model = nn.ModuleList([Replaces(), Replaces()])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for p in model.parameters():
-        optimizer.state[p] = {"momentum_buffer": torch.full_like(p, float(rank))}
-    owners = {name: int(name[0]) for name, _ in model.named_parameters()}
-    found = Cut((0, 1), (0, 1), owners, {f"{i}.average": i for i in range(2)})
-    gathered = gather.Gathered(model, optimizer, found, position=1 - rank)
-    trains = [len(group["params"]) for group in optimizer.param_groups]
-    for module in model:
-        module.step(rank + 1.0)
-    gathered.weights()
-    values = [(float(m.linear.weight.mean()), float(m.average.mean())) for m in model]
-    state = gathered.optimizer_state(optimizer.state_dict())
-    moments = {i: float(s["momentum_buffer"].mean()) for i, s in state["state"].items()}
-    return trains, values, moments, state["param_groups"][0]["params"]
-
-
-def test_what_ranks_hold_between_them_is_brought_together() -> None:
-    """Stage 0 is trained on rank 1, which has made its weights and buffers 2; stage 1 on rank 0."""
-    first, second = run_ranks(_bring_together, 2)
-    for trains, values, _, _ in (first, second):
-        assert trains == [2]
-        assert values == [(2.0, 2.0), (1.0, 1.0)]
-    assert first[2:] == ({0: 1.0, 1: 1.0, 2: 0.0, 3: 0.0}, [0, 1, 2, 3])
-
-
-class TwoArgumentsError(Exception):
-    def __init__(self, a: str, b: str) -> None:
-        super().__init__(f"{a} and {b}")
-
-
-def _ask_rank_0(rank: int, world: int, kind: str) -> Any:
-    class LocalError(Exception):
-        pass
-
-    def find() -> int:
-        assert rank == 0, "the others are told"
-        if kind == "local":
-            raise LocalError("of the user's code")
-        if kind == "two":
-            raise TwoArgumentsError("this", "that")
-        if kind == "value":
-            raise ValueError("of the user's code")
-        return 7
-
-    try:
-        return gather.told_by_rank_0(find)
-    except Exception as error:  # noqa: BLE001 - it is what is looked at
-        return type(error).__name__, str(error)
-
-
-@pytest.mark.parametrize(
-    ("kind", "told_"),
-    [("", 7), ("value", "of the user's code"), ("local", "of the user's code"), ("two", "this and that")],
-)
-def test_the_error_of_rank_0_is_everybodys(kind: str, told_: Any) -> None:
-    """Also one that cannot be sent, or cannot be made again from its message."""
-    first, second = run_ranks(_ask_rank_0, 2, kind)
-    if kind:
-        assert first == ({"value": "ValueError", "local": "LocalError", "two": "TwoArgumentsError"}[kind], told_)
-        assert told_ in second[1]
-    else:
-        assert (first, second) == (told_, told_)
-
-
-def _draw(rank: int, world: int) -> Any:
-    import random
-
-    import numpy as np
-
-    torch.manual_seed(rank)
-    random.seed(rank)
-    np.random.seed(rank)  # noqa: NPY002 - what third parties draw from
-    same_on_all_ranks()
-    return float(torch.rand(())), random.random(), float(np.random.rand())  # noqa: NPY002
-
-
-def test_all_ranks_draw_what_rank_0_draws() -> None:
-    first, second = run_ranks(_draw, 2)
-    assert first == second

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch.nn import functional as F
 from lightning_eff.errors import EffWarning, NonFiniteGradientError, RankLostError
 from tests.harness import RanksFailedError, run_ranks
 from tests.integration.conftest import run_python
+from tests.strategies.faults import ENDED_S, FAULTS, REPORTED_S, TIMEOUT_S, WAITED_FOR
 from tests.strategies.pipelined_bp.models import (
     BATCH,
     CUTS,
@@ -34,45 +33,8 @@ from tests.strategies.pipelined_bp.models import (
 )
 from tests.strategies.processes import no_orphans
 
-TIMEOUT_S = 2.5
-"""Of messages, where a rank hangs; the ranks have imported everything by then, or the first one takes longer."""
-REPORTED_S = 2.0
-"""Reliability promise: a rank's death is an error on the others after at most this time."""
-ENDED_S = 15.0
-"""What a whole interpreter gets to clean up and exit; the default timeout is 1800 s."""
 FIRST, MIDDLE, LAST = 0, 7, 9
 """Micro-batches of the first epoch at which a fault happens: the first, one of the middle, the last."""
-
-
-class OwnError(Exception):
-    """What the user's code raises."""
-
-
-def _die(folder: Path) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _exit(folder: Path) -> None:
-    os._exit(3)
-
-
-def _raise(folder: Path) -> None:
-    raise OwnError("of the user's code")
-
-
-def _hang(folder: Path) -> None:
-    """Until the other ranks have noticed, so that the pool need not kill this one."""
-    while len(list(folder.glob("seen-*"))) < int(os.environ["WORLD_SIZE"]) - 1:
-        time.sleep(0.02)
-
-
-def _freeze(folder: Path) -> None:
-    """The whole process, with the store if it is rank 0 that keeps it."""
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-FAULTS = {"die": _die, "exit": _exit, "raise": _raise, "hang": _hang, "freeze": _freeze}
-WAITED_FOR = {"hang", "freeze"}
 
 
 def _hooks(rank: int, folder: Path, kind: str, victim: int, where: str, at: int) -> dict[str, Any]:
@@ -99,8 +61,8 @@ def _hooks(rank: int, folder: Path, kind: str, victim: int, where: str, at: int)
     def on_train_start(self: Any) -> None:
         def before(*_: Any) -> None:
             """A layer fails, after its input has come; not when rank 0 looks at it."""
-            runner = self.trainer.strategy._runner
-            reach("layer", runner is not None and runner.sample == at)
+            engine = self.trainer.strategy._engine
+            reach("layer", engine is not None and engine.sample == at)
 
         self.net[2].register_forward_pre_hook(before)
 
@@ -215,8 +177,6 @@ def test_an_error_in_the_first_training_step_is_everybodys(tmp_path: Path) -> No
     assert after_s < REPORTED_S
 
 
-# ---------------------------------------------------------------------------------------------------- NaN and Inf
-
 OF_STAGE = {2: ["head.weight", "pre.weight"], 3: ["head.weight", "net.3.linear.weight", "pre.weight"]}
 """Ranks -> a parameter on each."""
 
@@ -235,8 +195,8 @@ def _poisoned(rank: int, world: int, victim: int, at: int, value: float, options
     model = task(hooks={"training_step": training_step, "on_before_optimizer_step": on_before_optimizer_step})
 
     def infinite(grad: Tensor) -> Tensor:
-        runner = run.strategy._runner
-        return grad * value if runner is not None and runner.weights.updates == at else grad
+        engine = run.strategy._engine
+        return grad * value if engine is not None and engine.weights.updates == at else grad
 
     if math.isinf(value):
         dict(model.named_parameters())[OF_STAGE[world][victim]].register_hook(infinite)
@@ -298,8 +258,6 @@ def test_a_user_may_go_on_with_it() -> None:
         ] * 5
 
 
-# ---------------------------------------------------------------------------------------------------- no faults
-
 SLOW_S = 0.03
 """Some ten times what a micro-batch takes."""
 
@@ -360,9 +318,9 @@ def test_what_is_unusual_changes_nothing_in_the_result(what: str, victim: int) -
         assert steps * SLOW_S < real[0].extra < emulated.extra + 2 * steps * SLOW_S + 1.0, "it waits, and no more"
 
 
-# ---------------------------------------------------------------------------------------------------- death
-
 DEATHS: list[Case] = [("die", 1, "batch", LAST, 2), ("exit", 0, "training_step", FIRST, 2)]
+
+
 MORE = [*_everywhere("die"), *(("exit", victim, "training_step", MIDDLE, 2) for victim in (0, 1))]
 
 
@@ -371,8 +329,6 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, case: Case) -> None:
     error = _check(tmp_path, case, "died")
     assert f"exit code {-9 if case[0] == 'die' else 3}" in str(error)
 
-
-# ---------------------------------------------------------------------------------------------------- whole processes
 
 SCRIPT = """
 import os, signal, sys, time

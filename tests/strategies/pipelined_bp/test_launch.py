@@ -54,7 +54,7 @@ def _by_string(rank: int, world: int, root: str, folder: str) -> dict[str, Any]:
     model = task(root, dropout=0.1)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         run.fit(model, loader(), loader(10, seed=2, shuffle=False))
-    stack = run.strategy._runner.stack
+    stack = run.strategy._engine.stack
     return {
         "kind": type(run.strategy).__name__,
         "is": isinstance(run.strategy, pl.strategies.DDPStrategy),
@@ -312,7 +312,7 @@ def _stages(rank: int, world: int, asked: Any) -> tuple[str, tuple[int, ...]]:
     run = trainer(strategy(stages=asked, module=None), devices=world)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         run.fit(task(), loader(), loader(10, seed=2, shuffle=False))
-    return printed.getvalue(), run.strategy._runner.cut.starts
+    return printed.getvalue(), run.strategy._engine.partition.starts
 
 
 def test_a_stage_for_every_layer_in_one_process() -> None:

@@ -5,9 +5,7 @@ In one process (the emulation) everything Lightning does is plain; so two ranks 
 
 from __future__ import annotations
 
-import copy
 import datetime as dt
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import callbacks as known  # draws random numbers when it is imported: before any run
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.harness import RanksFailedError, run_ranks
 from tests.strategies.pipelined_bp.models import (
     CUTS,
+    EPOCH,
     STEPS,
     Outcome,
     bits,
@@ -30,18 +28,8 @@ from tests.strategies.pipelined_bp.models import (
     strategy,
     task,
     trainer,
+    val_loader,
 )
-
-EPOCH = STEPS // 2
-VALIDATION = (10, 2)
-"""Samples and seed of the validation set."""
-
-
-def val_loader() -> Any:
-    return loader(VALIDATION[0], seed=VALIDATION[1], shuffle=False)
-
-
-# ---------------------------------------------------------------------------------------------------- as in one process
 
 
 def callbacks(name: str, folder: str) -> list[Any]:
@@ -119,6 +107,8 @@ def fp8() -> dict[str, Any]:
 
 
 BY_STEPS = {"enable_checkpointing": True}
+
+
 SCENARIOS: dict[str, dict[str, Any]] = {
     "stop by loss_epoch": {"options": {"max_epochs": 5}, "steps": 2 * EPOCH},
     "stop by val_loss": {"options": {"max_epochs": 5}, "steps": EPOCH},
@@ -149,6 +139,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "dfp16": {"options": {"precision": "dfp16"}},
     "fp8-rowwise": {"options": fp8},
 }
+
+
 LONGER = (
     "anomaly", "rich", "sanity", "bf16-kahan", "save by loss_epoch", "save by val_loss", "save by time", "tqdm",
     "limit_train_batches", "overfit_batches", "clip by value", "bf16-true", "bf16-split", "max_steps",
@@ -255,150 +247,3 @@ def test_unfreezing_in_a_run_is_refused(tmp_path: Path, ranks: int) -> None:
         scenario(tmp_path, ranks, "x", model={"hooks": {"on_fit_start": freeze, "on_train_epoch_start": unfreeze}})
     assert failed.value.failures == dict.fromkeys(range(ranks), "UnsupportedCombinationError")
     assert "unfreezes" in str(failed.value)
-
-
-# ---------------------------------------------------------------------------------------------------- metrics and hooks
-
-
-def _metrics(rank: int, world: int) -> dict[str, Any]:
-    import torchmetrics
-
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
-        out = self(batch[0])
-        self.train_accuracy(out, batch[1])
-        seen.append((out.detach().argmax(1), batch[1]))
-        self.log("train_accuracy", self.train_accuracy, on_step=True, on_epoch=True)
-        return F.cross_entropy(out, batch[1])
-
-    def validation_step(self: Any, batch: Any, batch_idx: int) -> None:
-        out = self(batch[0])
-        self.log("val_loss", F.cross_entropy(out, batch[1]), sync_dist=True)
-        self.val_metrics.update(out, batch[1])
-        self.log_dict(self.val_metrics, on_step=False, on_epoch=True)
-
-    model = task(hooks={"training_step": training_step, "validation_step": validation_step})
-    many = {"task": "multiclass", "num_classes": 3}
-    model.train_accuracy = torchmetrics.Accuracy(**many)
-    model.val_metrics = torchmetrics.MetricCollection([torchmetrics.Accuracy(**many)], prefix="val_")
-    run = trainer(strategy(stages=CUTS[2]), devices=world, val_check_interval=1.0)
-    run.fit(model, loader(), val_loader())
-    hits = [(guess == label).float() for guess, label in seen[-EPOCH:]]  # the last stage's
-    x, y = (torch.cat(part) for part in zip(*val_loader(), strict=True))
-    with torch.no_grad():
-        right = float((model(x).argmax(1) == y).float().mean())
-    metrics = [model.train_accuracy, *model.val_metrics.values()]
-    return {
-        "logged": {k: float(v) for k, v in run.callback_metrics.items()},
-        "hits": float(torch.cat(hits).mean()) if hits else None,
-        "right": right,
-        "synced": [m.distributed_available_fn is not None and m.distributed_available_fn() for m in metrics],
-    }
-
-
-def test_torchmetrics_objects_have_the_values_of_one_replica() -> None:
-    first, second = run_ranks(_metrics, 2, init_group=False)
-    assert first["logged"]["train_accuracy_epoch"] == pytest.approx(first["hits"], rel=1e-6)
-    for told in (first, second):
-        assert told["logged"]["val_MulticlassAccuracy"] == pytest.approx(first["right"], rel=1e-6)
-        assert all(told["synced"]), "after fit they gather over ranks again"
-    # What the last stage alone knows, callbacks on the others see as well.
-    assert second["logged"]["train_accuracy_epoch"] == first["logged"]["train_accuracy_epoch"]
-    assert run_ranks(_metrics, 1, init_group=False)[0]["logged"] == first["logged"]
-
-
-COUNTED = (
-    "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
-    "on_before_zero_grad", "on_train_batch_end", "on_validation_epoch_end", "on_train_epoch_end",
-)  # fmt: skip
-
-
-def _hooks(rank: int, world: int, plain: bool) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-
-    def counted(name: str) -> Any:
-        return lambda self, *_, **__: counts.update([name])
-
-    counting = type("Counting", (known.Callback,), {name: counted(name) for name in COUNTED})()
-    used = "auto" if plain else strategy(stages=CUTS[max(world, 2)])
-    trainer(used, devices=world, callbacks=[counting]).fit(task(), loader(), val_loader())
-    return dict(counts)
-
-
-def test_hooks_run_as_often_as_in_plain_lightning() -> None:
-    """On the last stage. On an early one there is no loss, and updates under way are made where a validation begins."""
-    (plain,) = run_ranks(_hooks, 1, True, init_group=False)
-    assert run_ranks(_hooks, 1, False, init_group=False) == [plain]
-    last, first = run_ranks(_hooks, 2, False, init_group=False)
-    assert last == plain
-    drained = 2 * plain["on_validation_epoch_end"]
-    other = {"on_after_backward": STEPS - drained, "on_before_optimizer_step": STEPS + drained}
-    assert first == {**{k: v for k, v in plain.items() if k != "on_before_backward"}, **other}
-
-
-def _whole_model_at(rank: int, world: int) -> list[Any]:
-    seen: list[Any] = []
-    looks = lambda self, _, module: seen.append(bits(dict(module.state_dict())))  # noqa: E731
-    hooks = ("on_train_epoch_end", "on_validation_epoch_start", "on_validation_end", "on_train_end")
-    looking = type("Looking", (known.Callback,), dict.fromkeys(hooks, looks))()
-    run = trainer(strategy(stages=CUTS[3]), devices=world, callbacks=[looking])
-    run.fit(task(norm="batch"), loader(), val_loader())
-    return seen
-
-
-def test_callbacks_see_the_whole_model_where_an_epoch_or_a_validation_ends() -> None:
-    (one,) = run_ranks(_whole_model_at, 1, init_group=False)
-    assert len(one) == 2 + 2 * 4 + 1
-    for seen in run_ranks(_whole_model_at, 3, init_group=False):
-        assert seen == one
-
-
-# ---------------------------------------------------------------------------------------------------- before and after
-
-
-def own_attributes(model: nn.Module, run: Any) -> dict[str, list[str]]:
-    """Names of what each object has of its own: something that was put over a method would be among it."""
-    loop = run.fit_loop.epoch_loop
-    objects = {name or "model": module for name, module in model.named_modules()}
-    objects |= {"connector": run._logger_connector, "validation": loop.val_loop, "precision": run.precision_plugin}
-    objects |= {"accelerator": run._accelerator_connector, "optimizer": run.optimizers[0] if run.optimizers else run}
-    methods = {"forward", "log", "log_dict", "run", "epoch_end_reached", "clip_gradients", "lr_scheduler_step"}
-    return {name: sorted(methods & set(vars(o))) for name, o in objects.items() if methods & set(vars(o))}
-
-
-def _afterwards(rank: int, world: int, folder: str) -> dict[str, Any]:
-    model, x = task(norm="batch", dropout=0.2), torch.ones(2, 6)
-    run = trainer(strategy(stages=CUTS[2]), devices=world, gradient_clip_val=1.0)
-    before = own_attributes(model, run)
-    run.fit(model, loader(), val_loader())
-    whole = bits(dict(model.state_dict()))
-    path = Path(folder) / f"{rank}.pt"
-    torch.save(model.state_dict(), path)
-    other = task(norm="batch", dropout=0.2)
-    other.load_state_dict(torch.load(path, weights_only=True))
-    run.save_checkpoint(Path(folder) / "after.ckpt")
-    found = {
-        "patched": own_attributes(model, run) != before,
-        "state": whole,
-        "same output": torch.equal(model.eval()(x), other.eval()(x)),
-        "copied": bits(dict(copy.deepcopy(model.train()).state_dict())) == whole,
-        "trains": bool(model(x).sum().backward() or all(p.grad is not None for p in model.parameters())),
-        "connector": run._accelerator_connector.use_distributed_sampler,
-    }
-    run.fit_loop.max_epochs = 4
-    run.fit(model, loader(), val_loader())  # the same Trainer, with new optimizers
-    again = trainer(strategy(stages=["net.5"], mitigation="stash"), devices=world)
-    again.fit(model, loader(), val_loader())
-    return {**found, "later": bits(dict(model.state_dict())), "steps": (run.global_step, again.global_step)}
-
-
-def test_after_a_run_the_model_is_whole_and_nothing_is_left_behind(tmp_path: Path) -> None:
-    """And it trains on, with the same Trainer and with another one that cuts elsewhere, as in one process."""
-    (one,) = run_ranks(_afterwards, 1, str(tmp_path), init_group=False)
-    for found in run_ranks(_afterwards, 2, str(tmp_path), init_group=False):
-        assert found == one
-    assert one["patched"] is False
-    assert one["same output"] is one["copied"] is one["trains"] is one["connector"] is True
-    assert one["steps"] == (2 * STEPS, STEPS)
-    assert len(torch.load(tmp_path / "after.ckpt", weights_only=True)["optimizer_states"][0]["state"]) == 28

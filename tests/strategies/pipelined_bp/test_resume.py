@@ -14,6 +14,7 @@ import torch
 from lightning_eff.methods import METHODS
 from tests.harness import run_ranks
 from tests.harness.ranks import RanksFailedError
+from tests.loaders import ResumableLoader
 from tests.strategies.pipelined_bp.models import (
     BATCH,
     CUTS,
@@ -32,32 +33,13 @@ from tests.strategies.pipelined_bp.models import (
 )
 
 KEY = "PipelinedBPStrategy"
+
+
 EPOCH = STEPS // 2
+
+
 EVERY = (1, 4, EPOCH, STEPS - 1)
 """Where runs are cut: after the first step, in an epoch, at its end, before the last step."""
-
-
-class ResumableLoader:
-    """Micro-batches in another order in every epoch, from the one a checkpoint says is next."""
-
-    def __init__(self) -> None:
-        x, y = data(SAMPLES)
-        self.batches, self.next = list(zip(x.split(BATCH), y.split(BATCH), strict=True)), 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Any:
-        epoch, begin = divmod(self.next, len(self))
-        for i in torch.randperm(len(self), generator=torch.Generator().manual_seed(epoch)).tolist()[begin:]:
-            self.next += 1
-            yield self.batches[i]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.next = state_dict["next"]
 
 
 def saver(folder: str, cuts: Sequence[int], root: str) -> Any:
@@ -92,15 +74,17 @@ def run(
     used = "auto" if plan is None else strategy(root, **plan)
     runner = trainer(used, root, devices=world, callbacks=[saver(folder, saves, root), *callbacks], **options)
     where = None if resume is None else str(Path(folder) / f"{resume}.ckpt")
+    x, y = data(SAMPLES)
+    micro_batches = ResumableLoader(zip(x.split(BATCH), y.split(BATCH), strict=True), shuffled=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        runner.fit(built, ResumableLoader(), loader(10, seed=2, shuffle=False), ckpt_path=where)
+        runner.fit(built, micro_batches, loader(10, seed=2, shuffle=False), ckpt_path=where)
     result = outcome_of(built, runner)
-    inner = getattr(used, "_runner", None)
+    engine = getattr(used, "_engine", None)
     result.extra = {
         "warned": [str(w.message) for w in caught if "pipelined_bp" in str(w.message)],
-        "starts": inner and inner.cut.starts,
-        "samples": inner and inner.weights.samples,
+        "starts": engine and engine.partition.starts,
+        "samples": engine and engine.weights.samples,
     }
     return result
 
@@ -118,9 +102,9 @@ def same(continued: Outcome, whole: Outcome, cut: int, rank: int = 0) -> None:
         assert bits(continued.losses) == bits(whole.losses[cut:])
 
 
-# ---------------------------------------------------------------------------------------------------- the same bits
-
 DROPOUT = {"dropout": 0.3}
+
+
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lwp+sc": ({}, DROPOUT),
     "lwp_w+sc": ({"mitigation": "lwp_w+sc"}, {"norm": "batch"}),
@@ -129,7 +113,10 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "spectrain": ({"mitigation": "spectrain"}, {"schedule": "epoch"}),
     "in_flight=1": ({"in_flight": 1}, DROPOUT),
 }
+
+
 CELLS = [(name, world) for name in RUNS for world in (1, 2, 3) if world == 2 or name in ("lwp+sc", "lwp_w+sc", "stash")]
+
 
 LONGER = [
     *(("lwp_w+sc", 1), ("stash", 1), ("spectrain", 2), ("in_flight=1", 2), ("lwp_w+sc", 3)),
@@ -206,9 +193,6 @@ def test_through_the_checkpoints_of_model_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "last.ckpt").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- other ranks
-
-
 def _resumed(rank: int, world: int, folder: str, name: str, stages: int, resume: int = 4) -> Outcome:
     plan, model = RUNS[name]
     return run(folder, world, {"stages": CUTS[stages], **plan}, model, resume=resume)
@@ -241,9 +225,6 @@ def test_another_number_of_stages_begins_its_delays_anew(tmp_path: Path) -> None
     assert bits(on_two[0].losses) == bits(on_one.losses)
 
 
-# ---------------------------------------------------------------------------------------------------- plain Lightning
-
-
 def _plain_between(rank: int, world: int, folder: str, root: str) -> list[Outcome]:
     """Plain Lightning goes on at step 4, and one process of ours at its step 10."""
     model = {"optimizer": "adamw"}
@@ -270,9 +251,6 @@ def test_plain_lightning_goes_on_and_back_again(tmp_path: Path, root: str) -> No
         assert bits(result.state) == bits(emulated.state)
         assert result.rates == emulated.rates
         assert bits(result.losses) == bits(emulated.losses) or rank == 1
-
-
-# ---------------------------------------------------------------------------------------------------- the state
 
 
 def _lose(key: str, checkpoint: dict[str, Any]) -> None:
@@ -321,20 +299,20 @@ RUNS["lwp_w+sc dropout"] = ({"mitigation": "lwp_w+sc"}, DROPOUT)
 
 
 def _lopsided(*args: Any) -> Any:
-    """A look that finds the last layer a hundred times slower than the others."""
-    from lightning_eff.strategies.pipelined_bp.profiling import look_at
+    """A profile that finds the last layer a hundred times slower than the others."""
+    from lightning_eff.strategies.pipelined_bp.profiling import profile_stack
 
-    found = look_at(*args)
+    found = profile_stack(*args)
     found.costs_s = [1.0] * (len(found.costs_s) - 1) + [100.0]
     return found
 
 
 def _balanced(rank: int, world: int, folder: str) -> list[Outcome]:
-    from lightning_eff.strategies.pipelined_bp import strategy as pipelined_bp
+    from lightning_eff.strategies.pipelined_bp import assembly
 
     plan = {"stages": "auto"}
     whole = run(folder, world, plan, DROPOUT, saves=[4])
-    with replaced(pipelined_bp, "look_at", _lopsided):
+    with replaced(assembly, "profile_stack", _lopsided):
         return [whole, run(folder, world, plan, DROPOUT, resume=4), run(folder, world, plan, DROPOUT)]
 
 
@@ -345,9 +323,6 @@ def test_balanced_stages_are_those_of_the_checkpoint(tmp_path: Path) -> None:
         assert continued.extra["starts"] == whole.extra["starts"] != other.extra["starts"]
         assert continued.extra["warned"] == []
         same(continued, whole, 4, rank)
-
-
-# ---------------------------------------------------------------------------------------------------- precisions
 
 
 def _in_precision(rank: int, world: int, folder: str, precision: str) -> list[Outcome]:

@@ -1,6 +1,6 @@
 """strategy="pipelined_bp" over several processes computes what it computes in one, bit for bit.
 
-That one process computes the definition is shown in ``test_pipelined_bp_definition.py``. Where nothing is late both are
+That one process computes the definition is shown in ``test_definition.py``. Where nothing is late both are
 plain Lightning. Every comparison is then shown to notice wrong versions of the package.
 """
 

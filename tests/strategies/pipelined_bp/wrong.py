@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_eff.runtime.rng import Randomness
 from lightning_eff.strategies.pipelined_bp import hooks, weights
-from lightning_eff.strategies.pipelined_bp.engine import Runner
+from lightning_eff.strategies.pipelined_bp.engine import Engine
 from lightning_eff.strategies.pipelined_bp.mitigation import Mitigation
 from lightning_eff.strategies.pipelined_bp.weights import Weights
 from tests.strategies.pipelined_bp.models import replaced
@@ -17,8 +17,8 @@ Within = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def one_update_less_late() -> Any:
-    right = weights.delay
-    return replaced(weights, "delay", lambda *given, **named: max(0, right(*given, **named) - 1))
+    right = weights.stage_delay
+    return replaced(weights, "stage_delay", lambda *given, **named: max(0, right(*given, **named) - 1))
 
 
 def backward_with_the_forwards_weights() -> Any:
@@ -26,7 +26,7 @@ def backward_with_the_forwards_weights() -> Any:
 
 
 def no_prediction() -> Any:
-    return replaced(Weights, "_moves", lambda *_: [])
+    return replaced(Weights, "predictions_of", lambda *_: [])
 
 
 def no_spike() -> Any:
@@ -38,7 +38,7 @@ def not_shrunk() -> Any:
 
 
 def no_versions_kept() -> Any:
-    return replaced(Weights, "_keep_versions", lambda _: None)
+    return replaced(Weights, "keep_versions", lambda _: None)
 
 
 def scheduler_at_once() -> Any:
@@ -60,4 +60,4 @@ def no_streams() -> Any:
 
 def update_without_a_gradient() -> Any:
     """A stage steps as soon as its turn comes."""
-    return replaced(Runner, "update", lambda self, step: self.weights.update(step))
+    return replaced(Engine, "update", lambda self, step: self.weights.update(step))

@@ -1,0 +1,1 @@
+"""Callbacks that watch over a run."""
