@@ -234,6 +234,7 @@ def _through_warm_up(
     return results
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("cuts", [pytest.param([4], marks=pytest.mark.long), [7, 13]], ids=str)
 def test_a_warm_up_that_was_cut_begins_again(tmp_path: Path, cuts: list[int]) -> None:
     """As often as it is cut: seven steps, then six of the eight that were to be measured anew."""
@@ -251,6 +252,7 @@ def _kept_or_replaced(rank: int, world: int, folder: str) -> list[dict[str, Any]
     return [*results, _told(_run(rank, world, folder, given, resume=True, **more))]
 
 
+@pytest.mark.alone
 def test_a_measured_threshold_is_kept_and_one_in_seconds_is_the_callers(tmp_path: Path) -> None:
     results = run_ranks(_kept_or_replaced, 2, str(tmp_path), init_group=False)
     state = torch.load(tmp_path / "cut.ckpt", weights_only=True)[KEY]
@@ -272,6 +274,7 @@ def _state(folder: Path) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.alone
 def test_a_measured_inf_is_kept_as_well(tmp_path: Path) -> None:
     given = [NOTHING_TO_DROP, {}]
     for cut, continued in run_ranks(_through_warm_up, 2, str(tmp_path), [10], given, init_group=False):
@@ -327,6 +330,7 @@ def _cut_after_a_change(rank: int, world: int, folder: str) -> list[dict[str, An
     return [_told(first), _told(_run(rank, world, folder, _timed(), resume=True, **options))]
 
 
+@pytest.mark.alone
 def test_a_threshold_for_other_steps_is_not_kept(tmp_path: Path) -> None:
     first, second = run_ranks(_cut_after_a_change, 2, str(tmp_path), init_group=False)
     state = _state(tmp_path)
