@@ -50,7 +50,7 @@ ROWS = (
         summary="Trains the last steps of a luq4 run with INT4 weights alone.",
         paper=papers.LUQ,
         arguments="steps=300",
-        strategies=("single_device",),
+        strategies=("single_device", "ddp"),
         conflicts={
             "precision other than luq4": "it is the end of a run in 4 bits; use precision='luq4'",
             "no known end": "the phase is counted from there; set max_steps or max_epochs (and a sized dataloader)",
