@@ -69,7 +69,7 @@ class QuantizedPrecisionBattery(PrecisionBattery):
 
         with _converted(case, layer) as plugin:
             with torch.autograd.graph.saved_tensors_hooks(pack, _unpacked):
-                layer(torch.randn(rows, _WIDE))
+                layer(_normal(rows, _WIDE))
             told = plugin.saved_bytes()
         elements = rows * _WIDE
         require(told == (sum(kept), 4 * elements), f"{case.id} counts {told}, kept are {sum(kept)}")
@@ -81,12 +81,12 @@ class QuantizedPrecisionBattery(PrecisionBattery):
         for bad in (math.nan, math.inf):
             layer = nn.Linear(_WIDE, _WIDE)
             with _converted(case, nn.Sequential(layer)):
-                x = torch.randn(4, _WIDE)
+                x = _normal(4, _WIDE)
                 layer(x).sum().backward()  # what is predicted has been seen once
                 x[1, 1] = bad
                 require(not layer(x)[1].isfinite().any(), f"{case.id}: {bad} in an input is lost")
                 layer.weight.grad = None
-                y = layer(torch.randn(4, _WIDE))
+                y = layer(_normal(4, _WIDE))
                 gradient = torch.ones_like(y)
                 gradient[1, 1] = bad
                 y.backward(gradient)
@@ -133,9 +133,9 @@ class QuantizedPrecisionBattery(PrecisionBattery):
                                    nn.Linear(_WIDE, 3))  # fmt: skip
             with contextlib.redirect_stdout(io.StringIO()):
                 model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
-            x, losses = torch.randn(32, 12), []
+            x, losses = _normal(32, 12), []
             for _ in range(8):
-                loss = F.cross_entropy(model(x), torch.arange(32) % 3)
+                loss = F.cross_entropy(model(x), torch.arange(32, dtype=torch.int64, device="cpu") % 3)
                 fabric.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -153,7 +153,7 @@ def _pass(case: Any, *, compiled: bool) -> list[Tensor]:
     model = _mixed()
     with _converted(case, model):
         call: Any = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        x = torch.randn(4, _CHANNELS, 6, 6, requires_grad=True)
+        x = _normal(4, _CHANNELS, 6, 6).requires_grad_()
         out = call(x)
         out.square().sum().backward()
         return [out.detach(), *(p.grad for p in (x, *model.parameters()) if p.grad is not None)]
@@ -163,7 +163,7 @@ def _two_steps(case: Any, default: torch.dtype) -> list[Tensor]:
     """Return output, gradients and weights after two steps of bfloat16 weights."""
     torch.manual_seed(0)
     model = _mixed().bfloat16()
-    x = torch.randn(4, _CHANNELS, 6, 6).bfloat16().requires_grad_()
+    x = _normal(4, _CHANNELS, 6, 6).bfloat16().requires_grad_()
     with _converted(case, model):
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         torch.set_default_dtype(default)
@@ -177,3 +177,7 @@ def _two_steps(case: Any, default: torch.dtype) -> list[Tensor]:
             torch.set_default_dtype(torch.float32)
         return [out.detach(), *(p.grad for p in (x, *model.parameters()) if p.grad is not None),
                 *(p.detach().clone() for p in model.parameters())]  # fmt: skip
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32, device="cpu")

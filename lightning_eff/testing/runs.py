@@ -333,6 +333,7 @@ def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
 
 def _same_bits(found: Tensor, wanted: Tensor) -> bool:
     def raw(tensor: Tensor) -> Tensor:
-        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
 
     return torch.equal(raw(found), raw(wanted))

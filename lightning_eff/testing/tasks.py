@@ -165,7 +165,7 @@ class ResumableLoader:
 
     def __init__(self, length: int, *, rank: int = 0) -> None:
         generator = torch.Generator().manual_seed(100 + rank)
-        x = torch.randn(length, BATCH, FEATURES, generator=generator)
+        x = torch.randn(length, BATCH, FEATURES, generator=generator, dtype=torch.float32, device="cpu")
         y = (x.sum(-1) > 0).long() + (x[..., 0] > 1).long()
         self._batches = list(zip(x, y, strict=True))
         self.next = 0
@@ -175,7 +175,9 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, begin = divmod(self.next, len(self))
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(epoch)).tolist()
+        order = torch.randperm(
+            len(self), generator=torch.Generator().manual_seed(epoch), dtype=torch.int64, device="cpu"
+        ).tolist()
         for place in order[begin:]:
             self.next += 1
             yield self._batches[place]
