@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each training")
     parser.add_argument("--delay", default="stall", help="or lognormal, stall:p=0.2,factor=5, slow:rank=1,factor=2")
     options = parser.parse_args(argv)
+    if options.steps < FIRST + 2:
+        parser.error(f"--steps {options.steps}: the first {FIRST} are not compared; give at least {FIRST + 2}")
     torch.set_num_threads(1)
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels))
