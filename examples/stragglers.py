@@ -24,18 +24,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_eff import DropComputeStrategy
 from lightning_eff.functional import Delay, parse_delay
 
-MICRO_BATCHES, FIRST = 8, 8  # micro-batches in a step; dropcompute measures its threshold in the first steps
+MICRO_BATCHES, BATCH = 8, 28  # micro-batches in a step, samples in one: whole steps on two ranks
 
 
 class Stragglers(L.Callback):
     """Sleeps for as long as the delay says, and notes when steps end. Both strategies meet the same stalls."""
 
-    def __init__(self, delay: Delay) -> None:
-        self.delay, self.ends, self.computed = delay, [time.perf_counter()], 0
+    def __init__(self, delay: Delay, first: int) -> None:
+        self.delay, self.first, self.ends, self.computed = delay, first, [time.perf_counter()], 0
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         step, rank = trainer.global_step, trainer.global_rank
-        self.computed += step >= FIRST  # not called for a micro-batch that is dropped
+        self.computed += step >= self.first  # not called for a micro-batch that is dropped
         time.sleep(self.delay.extra_s(step, rank, 0, 0.015))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -60,27 +60,29 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each training")
     parser.add_argument("--delay", default="stall", help="or lognormal, stall:p=0.2,factor=5, slow:rank=1,factor=2")
+    parser.add_argument("--warmup-steps", type=int, default=20, help="in which dropcompute measures its threshold")
     options = parser.parse_args(argv)
-    if options.steps < FIRST + 2:
-        parser.error(f"--steps {options.steps}: the first {FIRST} are not compared; give at least {FIRST + 2}")
+    first = options.warmup_steps
+    if options.steps < first + 2:
+        parser.error(f"--steps {options.steps}: the first {first} are not compared; give at least {first + 2}")
     torch.set_num_threads(1)
     images, labels = load_digits(return_X_y=True)
-    data = TensorDataset(torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels))
+    data = TensorDataset(torch.tensor(images[:1792], dtype=torch.float32) / 16, torch.tensor(labels[:1792]))
     quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
-    for strategy in (DDPStrategy(), DropComputeStrategy(warmup_steps=FIRST)):  # <- the one argument that differs
+    for strategy in (DDPStrategy(), DropComputeStrategy(warmup_steps=first)):  # <- the one argument that differs
         L.seed_everything(0, verbose=False)
-        clock = Stragglers(parse_delay(options.delay))
+        clock = Stragglers(parse_delay(options.delay), first)
         trainer = L.Trainer(
             strategy=strategy, accumulate_grad_batches=MICRO_BATCHES, devices=2, accelerator="cpu",
             max_steps=options.steps, callbacks=[clock], enable_model_summary=False, **quiet,
         )  # fmt: skip
-        trainer.fit(YourModule(), DataLoader(data, batch_size=32, shuffle=True, drop_last=True))
+        trainer.fit(YourModule(), DataLoader(data, batch_size=BATCH, shuffle=True))
         computed = float(strategy.reduce(torch.tensor(float(clock.computed)), reduce_op="sum"))
         if trainer.is_global_zero:
-            seconds, step_s = clock.ends[-1] - clock.ends[FIRST], [b - a for a, b in pairwise(clock.ends[FIRST:])]
+            seconds, step_s = clock.ends[-1] - clock.ends[first], [b - a for a, b in pairwise(clock.ends[first:])]
             dropped = 1 - computed / (len(step_s) * 2 * MICRO_BATCHES)
             print(
-                f"{type(strategy).__name__}: {32 * computed / seconds:.0f} computed samples per second, median step "
+                f"{type(strategy).__name__}: {BATCH * computed / seconds:.0f} computed samples per second, median step "
                 f"{1000 * statistics.median(step_s):.0f} ms, {dropped:.1%} of the micro-batches dropped"
             )
 
