@@ -19,7 +19,10 @@ from lightning_eff.errors import EffError, UnknownMethodError, nearest
 from lightning_eff.integration.lazy import status
 from lightning_eff.integration.script import check_target, run_script
 from lightning_eff.methods import METHODS, MethodInfo
+from lightning_eff.runtime import figures
 
+WIDTH = 120
+"""Columns where the output is no terminal and ``COLUMNS`` is not set."""
 _PACKAGES = ("lightning-eff", "torch", "lightning", "pytorch-lightning", "torchmetrics", "jsonargparse", "hydra-core")
 
 
@@ -36,11 +39,16 @@ def explain(console: Console, name: str) -> None:
     """Print everything the row of a method says, then its card.
 
     Raises:
-        UnknownMethodError: there is no such method; the nearest is named.
+        UnknownMethodError: there is no such method or class; the nearest is named.
     """
-    info = METHODS.get(name.lower().partition("+")[0])
+    known = {info.class_name.lower(): info for info in reversed(list(METHODS.values()))} | dict(METHODS)
+    info = known.get(name.lower().partition("+")[0])
     if info is None:
-        raise UnknownMethodError(f"No method {name!r}.{nearest(name.lower(), METHODS)} Known: {', '.join(METHODS)}.")
+        classes = {info.class_name.lower(): info.class_name for info in METHODS.values()}
+        hint = nearest(name.lower(), [*METHODS, *classes])
+        for lower, written in classes.items():
+            hint = hint.replace(repr(lower), repr(written))
+        raise UnknownMethodError(f"No method {name!r}.{hint} Known: {', '.join(METHODS)}; class names do as well.")
     table = Table.grid(padding=(0, 2))
     for label, value in _facts(info):
         table.add_row(label, value)
@@ -87,9 +95,12 @@ def _version(package: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lightning_eff", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"lightning-eff {_version('lightning-eff')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="the methods, one line each")
-    commands.add_parser("explain", help="all that is known about one method").add_argument("method")
+    commands.add_parser("explain", help="all that is known about one method").add_argument(
+        "method", help="its name, or that of its class"
+    )
     commands.add_parser("doctor", help="versions, Lightning namespaces and fast paths on this machine")
     plan = commands.add_parser("plan", help="predict step time, drop rate and speed-up before training")
     plan.add_argument("method", help="dropcompute")
@@ -104,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     options = _parser().parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = figures.console(WIDTH)
     try:
         if options.command == "run":
             check_target(options.target, as_module=options.as_module)

@@ -15,7 +15,14 @@ from typing import Any
 
 from lightning_eff.errors import ConfigurationError
 from lightning_eff.integration.graft import check_strategy, graft, method_of
-from lightning_eff.integration.names import LIGHTNING_PRECISIONS, Request, parse_precision, unknown_precision
+from lightning_eff.integration.names import (
+    LIGHTNING_PRECISIONS,
+    STRATEGIES,
+    Request,
+    parse_precision,
+    unknown_precision,
+    unknown_strategy,
+)
 
 __all__ = ["UnpatchableError", "is_patched", "patch_connector"]
 
@@ -62,9 +69,22 @@ def _wrap_check(original: Callable[..., None]) -> Callable[..., None]:
             bound.arguments["precision"] = request.base_or_default
         else:
             _refuse_unknown(precision, sys.modules[original.__module__])
-        original(*bound.args, **bound.kwargs)
+        try:
+            original(*bound.args, **bound.kwargs)
+        except ValueError as error:
+            strategy = bound.arguments.get("strategy")
+            if not isinstance(strategy, str) or "invalid strategy name" not in str(error):
+                raise
+            has_ours = _has_our_strategies(sys.modules[original.__module__])
+            raise unknown_strategy(strategy, error, has_ours=has_ours) from error
 
     return check_config
+
+
+def _has_our_strategies(module: Any) -> bool:
+    """Return whether our strategies are registered where the connector looks: the Trainer's does, Fabric's does not."""
+    registry = getattr(module, "StrategyRegistry", None)
+    return registry is not None and all(info.name in registry.available_strategies() for info in STRATEGIES)
 
 
 def _wrap_init(original: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -13,12 +13,14 @@ from lightning_eff.methods import METHODS, MethodInfo
 
 __all__ = [
     "LIGHTNING_PRECISIONS",
+    "STRATEGIES",
     "Request",
     "check_base",
     "parse_precision",
     "precision_method",
     "precision_strings",
     "unknown_precision",
+    "unknown_strategy",
 ]
 
 _ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
@@ -56,6 +58,30 @@ def unknown_precision(given: object, detail: str = "") -> UnknownMethodError:
     hint = nearest(str(given).lower(), allowed)
     start = detail or f"Precision {given!r} is invalid. Lightning's precisions: {', '.join(LIGHTNING_PRECISIONS)}."
     return UnknownMethodError(f"{start}{hint} lightning_eff adds: {', '.join(precision_strings())}.")
+
+
+STRATEGIES = tuple(info for info in METHODS.values() if info.kind == "strategy")
+"""Rows of our strategies."""
+
+
+def unknown_strategy(
+    given: str, error: ValueError, *, has_ours: bool
+) -> UnknownMethodError | UnsupportedCombinationError:
+    """Return the error for a strategy that Lightning does not know: the nearest of ours, or why it has none.
+
+    Args:
+        given: what was asked for.
+        error: Lightning's.
+        has_ours: whether our strategies are known there; Fabric has none of them.
+    """
+    names = [info.name for info in STRATEGIES]
+    if not has_ours and given in names:
+        return UnsupportedCombinationError(
+            f"strategy={given!r} needs a Trainer, which tells it of micro-batches and steps; Fabric has no loop to do "
+            f"that. Use Trainer(strategy={given!r}), or one of Fabric's own strategies here. ({error})"
+        )
+    ours = f"{nearest(given.lower(), names)} lightning_eff adds: {', '.join(names)}." if has_ours else ""
+    return UnknownMethodError(f"{error}{ours}")
 
 
 def precision_method(name: str) -> MethodInfo:

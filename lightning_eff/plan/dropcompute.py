@@ -27,7 +27,12 @@ from lightning_eff.checks import Whole, check
 from lightning_eff.errors import ConfigurationError, MissingDependencyError
 from lightning_eff.functional.stragglers.model import MIN_GAIN, best_threshold, ideal_speedup, ideal_threshold
 from lightning_eff.functional.stragglers.simulated import parse_delay
-from lightning_eff.functional.stragglers.threshold import check_min_micro_batches, completed, compute_times
+from lightning_eff.functional.stragglers.threshold import (
+    MAX_DROP_RATE,
+    check_min_micro_batches,
+    completed,
+    compute_times,
+)
 from lightning_eff.plan.timings import BootstrapSource, DelaySource, FittedSource, Source, read_timings
 from lightning_eff.runtime import figures
 
@@ -124,7 +129,7 @@ def plan_row(
     window_steps: int = WINDOW_STEPS,
     repetitions: int = 10,
     min_micro_batches: int = 1,
-    max_drop_rate: float = 1.0,
+    max_drop_rate: float = MAX_DROP_RATE,
     min_gain: float = MIN_GAIN,
     seed: int = 0,
 ) -> Row:
@@ -227,6 +232,7 @@ def table(rows: Sequence[Row]) -> Table:
     return out
 
 
+PICTURE = "dropcompute-plan.png"
 _LEGEND = (
     "plain, scaling: samples per second relative to one worker, without and with dropping. speed-up: with relative to "
     "without, +- one standard deviation between repetitions. formula: the paper's, which stops a worker in the middle "
@@ -290,13 +296,15 @@ def _parser() -> argparse.ArgumentParser:
         "--other-s", type=float, default=0.0, help="with --delay: step outside the loop (%(default)s s)"
     )
     parser.add_argument("--min-micro-batches", type=int, default=1, help="computed however late (%(default)s)")
-    parser.add_argument("--max-drop-rate", type=float, default=1.0, help="highest share dropped (%(default)s)")
+    parser.add_argument(
+        "--max-drop-rate", type=float, default=MAX_DROP_RATE, help="highest share dropped (%(default)s)"
+    )
     parser.add_argument("--min-gain", type=float, default=MIN_GAIN, help="least gain worth dropping (%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="steps per repetition (%(default)s)")
     parser.add_argument("--window-steps", type=int, default=WINDOW_STEPS, help="steps tau is chosen from (%(default)s)")
     parser.add_argument("--repetitions", type=int, default=10, help="independent runs (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling and the delay (%(default)s)")
-    parser.add_argument("--plot", metavar="FILE", default="dropcompute-plan.png", help="image to write (%(default)s)")
+    parser.add_argument("--plot", metavar="FILE", help=f"image to write ({PICTURE}, if matplotlib is there)")
     parser.add_argument("--no-plot", action="store_true", help="print the table only")
     return parser
 
@@ -329,7 +337,8 @@ def main(argv: Sequence[str] | None = None, *, console: Console | None = None) -
     """Print the plan, draw it, and return the exit status.
 
     Raises:
-        EffError: an argument or the file is not allowed, or matplotlib is missing; the caller prints it.
+        EffError: an argument or the file is not allowed, or a picture was asked for without matplotlib; the caller
+            prints it.
     """
     options = _parser().parse_args(argv)
     console = console or figures.console(160)
@@ -346,6 +355,17 @@ def main(argv: Sequence[str] | None = None, *, console: Console | None = None) -
             highlight=False,
         )
     if not options.no_plot:
-        figure(rows, options.plot)
-        console.print(f"plot: {options.plot}", highlight=False)
+        _draw(rows, options.plot, console)
     return 0
+
+
+def _draw(rows: Sequence[Row], path: str | None, console: Console) -> None:
+    """Draw the plan; without matplotlib say so, unless a picture was asked for."""
+    try:
+        figure(rows, path or PICTURE)
+    except MissingDependencyError as error:
+        if path is not None:
+            raise
+        console.print(f"No picture was drawn. {error}", highlight=False, markup=False)
+    else:
+        console.print(f"plot: {path or PICTURE}", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -51,6 +52,6 @@ def log_figures(trainer: Any, figures: Mapping[str, float], *, step: int | None 
 
 
 def console(width: int = 110) -> Console:
-    """Return a console as wide as the terminal, or at least ``width`` columns where the output is a log file."""
+    """Return a console as wide as the terminal, or ``COLUMNS`` where it is set, or ``width`` columns in a log file."""
     found = Console()
-    return found if found.is_terminal else Console(width=max(found.width, width))
+    return found if found.is_terminal or os.environ.get("COLUMNS", "").isdigit() else Console(width=width)

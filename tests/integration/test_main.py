@@ -10,7 +10,8 @@ from lightning_eff.__main__ import main
 from lightning_eff.methods import METHODS
 
 
-def test_list_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_names_every_method(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     for info in METHODS.values():
@@ -35,6 +36,37 @@ def test_explain_knows_every_method(name: str, capsys: pytest.CaptureFixture[str
     info = METHODS[name]
     assert info.usage in out
     assert (info.paper or "none: the method is this package's own").split()[-1] in out
+
+
+@pytest.mark.parametrize("name", ["LUQPrecision", "dropcomputestrategy", "NonFiniteGuard", "FP8Precision"])
+def test_explain_knows_classes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first of its strings, where a class has several."""
+    info = next(info for info in METHODS.values() if info.class_name.lower() == name.lower())
+    assert main(["explain", name]) == 0
+    assert f"{info.name}: {info.summary}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_nearest_class_is_named_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "LUQFineTunning"]) == 2
+    assert "Did you mean 'LUQFineTuning'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["60", "200", ""])
+def test_columns_are_honoured(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["list"]) == 0
+    width = max(map(len, capsys.readouterr().out.splitlines()))
+    assert width <= int(columns or 120)
+    assert width > int(columns or 120) - 40 or columns == "200", "wide enough for what there is"
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("lightning-eff ")
 
 
 def test_explain_prints_the_card(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 import sys
@@ -123,7 +124,7 @@ def test_one_worker_drops_nothing() -> None:
 
 
 def test_stalls_are_where_dropping_pays_and_the_formula_misses_it() -> None:
-    row = plan_row(STALL, 64, steps=60, repetitions=3)
+    row = plan_row(STALL, 64, steps=60, repetitions=3, max_drop_rate=1.0)
     assert row.speedup > 2.2
     assert row.ideal_realised < 0.95 * row.speedup
 
@@ -247,6 +248,30 @@ def test_without_matplotlib_the_error_says_what_to_do(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match=r"lightning-eff\[plot\].*--no-plot"):
         figure(ROWS, tmp_path / "plan.png")
+
+
+def test_without_matplotlib_the_plan_is_printed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless a picture was asked for by name."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.chdir(tmp_path)
+    short = ["--delay", "stall", "--workers", "2", "--steps", "20", "--repetitions", "1"]
+    assert main(short) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "speed-up" in printed
+    assert "No picture was drawn. The plot needs matplotlib: pip install 'lightning-eff[plot]'" in printed
+    with pytest.raises(MissingDependencyError):
+        main([*short, "--plot", "plan.png"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_planner_drops_what_the_strategy_drops() -> None:
+    from lightning_eff.strategies import DropComputeStrategy
+
+    planned, trained = inspect.signature(plan_row).parameters, inspect.signature(DropComputeStrategy).parameters
+    for name in ("max_drop_rate", "min_micro_batches"):
+        assert planned[name].default == trained[name].default, name
 
 
 @pytest.mark.parametrize("name", ["missing/plan.png", "plan.nonsense"])

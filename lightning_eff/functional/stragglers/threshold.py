@@ -49,6 +49,10 @@ class Timings(NamedTuple):
     other: Tensor
 
 
+MAX_DROP_RATE = 0.1
+"""What a threshold may drop at most unless asked otherwise; the paper saw no loss of accuracy up to there."""
+
+
 def check_timings(table: Tensor, other: Tensor | float = 0.0) -> Timings:
     """Return both as float64 on the CPU, ``other`` with one value per step.
 

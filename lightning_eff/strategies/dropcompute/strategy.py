@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_eff.checks import checked
 from lightning_eff.functional.stragglers.simulated import Delay, parse_delay
-from lightning_eff.functional.stragglers.threshold import Normalize, gradient_factor
+from lightning_eff.functional.stragglers.threshold import MAX_DROP_RATE, Normalize, gradient_factor
 from lightning_eff.integration.logged import compare_logs_between_ranks
 from lightning_eff.integration.loop import look_for_sigterm_once_per_window, micro_batch_of_epoch
 from lightning_eff.integration.rank_faults import RankFaults
@@ -91,7 +91,7 @@ class DropComputeMixin(HeldClock, NoCollectives, StepGuard, RankFaults):
         *,
         threshold: Literal["auto"] | float = "auto",
         warmup_steps: int = 50,
-        max_drop_rate: float = 0.1,
+        max_drop_rate: float = MAX_DROP_RATE,
         normalize: Normalize = "computed",
         min_micro_batches: int = 1,
         include_data_time: bool = False,
