@@ -17,24 +17,12 @@ import pytest
 
 from lightning_eff.kernels import cache
 
-STRANGER = 12345
 DATA = b"what was measured"
-
-
-def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a path one of another user: really where tests run as root, else by becoming somebody else."""
-    if os.geteuid() == 0:
-        os.chown(path, STRANGER, -1)
-    else:
-        monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
 
 
 def written(folder: Path, data: bytes = DATA) -> Path:
     cache.write_trusted(folder / "file", data)
     return folder / "file"
-
-
-# ------------------------------------------------------------------------------------------------------- writing
 
 
 def test_content_reaches_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,11 +72,16 @@ RESUMED = torch.load(DATA / "resumed.pt", weights_only=True)
 def test_a_file_is_gone_on_from_to_the_same_bits_for_good(file: str) -> None:
     name, path = file.removesuffix("-streams"), DATA / f"{file}.ckpt"
     ((*resumed,),) = run_ranks(_weights, 1, name, cut_of(name) + 4, str(path), init_group=False)
-    is_this = RESUMED["machine"] == machine_key()  # on others torch may sum in another order, and codes flip
-    near = {"rtol": 0.0, "atol": 0.0} if is_this else {"rtol": 0.02, "atol": 0.01}
-    assert all(torch.allclose(a, b, **near) for a, b in zip(RESUMED["weights"][file], resumed, strict=True))
-    cut = torch.load(path, weights_only=True)["state_dict"].values()
-    assert not any(map(torch.equal, cut, resumed)), "it has trained on"
+    wanted, reached = _flat(RESUMED["weights"][file]), _flat(resumed)
+    cut = _flat(list(torch.load(path, weights_only=True)["state_dict"].values()))
+    if RESUMED["machine"] == machine_key():
+        assert torch.equal(wanted, reached)
+    # On another machine torch may sum in another order, and codes flip: still, both have gone the same way.
+    assert (reached - wanted).norm() < 0.2 * (wanted - cut).norm()
+
+
+def _flat(weights: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([weight.double().reshape(-1) for weight in weights])
 
 
 def _damage_and_mend(rank: int, world: int, name: str, folder: str) -> list[str]:

@@ -24,8 +24,6 @@ from lightning_eff.functional.numerics.flexpoint import (
     round_to_scale,
 )
 
-BITS = st.integers(4, 16)
-FLOATS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=30)
 WIDE: dict[str, Any] = {"min_exponent": -126, "max_exponent": 100}
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -12,7 +9,6 @@ from hypothesis import given
 from torch import Tensor
 
 from lightning_eff.functional.numerics.flexpoint import (
-    Autoflex,
     flex_codes,
     flex_quantize,
     integer_codes,
@@ -22,17 +18,6 @@ from tests.bounds import bernstein
 
 BITS = st.integers(4, 16)
 FLOATS = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=30)
-WIDE: dict[str, Any] = {"min_exponent": -126, "max_exponent": 100}
-
-
-def written_with(scale: float, **settings: Any) -> Autoflex:
-    flex = Autoflex(**settings)
-    flex.scale = scale
-    return flex
-
-
-def power_of_two(value: float) -> bool:
-    return math.frexp(value)[0] == 0.5
 
 
 def oracle(x: Tensor, scale: float, bits: int) -> Tensor:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.integration.conftest import reports, run_python
+from tests.strategies.command_line import app_of
 from tests.strategies.models import NAMESPACES
 
 # ---------------------------------------------------------------------------------------------------- LightningCLI
@@ -25,20 +24,10 @@ YAMLS = {
 }
 
 
-def _cli(root: str, text: str, folder: Path) -> Any:
-    module = importlib.import_module(f"{root}.cli")
-    boring = importlib.import_module(f"{root}.demos.boring_classes").BoringModel
-    (folder / "config.yaml").write_text(text)
-    defaults = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False}
-    return module.LightningCLI(
-        boring, run=False, args=[f"--config={folder / 'config.yaml'}"], trainer_defaults=defaults
-    )
-
-
 @pytest.mark.parametrize("root", NAMESPACES)
 def test_yaml_with_the_string(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["app.py"])
-    app = _cli(root, YAMLS["string"], tmp_path)
+    app = app_of(root, YAMLS["string"], tmp_path)
     assert type(app.trainer.strategy).__name__ == "DropComputeStrategy"
     assert app.trainer.strategy.threshold == "auto"
     assert "strategy: dropcompute\n" in app.parser.dump(app.config)
@@ -54,7 +43,7 @@ def test_yaml_with_the_class(
     monkeypatch.setattr(sys, "argv", ["app.py"])
     home = "lightning_eff.strategies" if root == NAMESPACES[0] else "lightning_eff.pytorch_lightning"
     text = YAMLS["class"].format(home=home, threshold=written)
-    strategy = _cli(root, text, tmp_path).trainer.strategy
+    strategy = app_of(root, text, tmp_path).trainer.strategy
     assert type(strategy).__name__ == "DropComputeStrategy"
     assert (strategy.threshold, strategy.warmup_steps, strategy.normalize) == (read, 10, "maximum")
     assert strategy.delay == StallDelay(p=0.1, factor=3.0)

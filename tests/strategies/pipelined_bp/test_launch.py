@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from lightning_eff.methods import METHODS
 from tests.harness import RanksFailedError, run_ranks
 from tests.integration.conftest import reports, run_python
+from tests.strategies.command_line import app_of
 from tests.strategies.pipelined_bp.models import (
     BATCH,
     CUTS,
@@ -103,20 +104,10 @@ YAMLS = {
 }
 
 
-def _cli(root: str, text: str, folder: Path) -> Any:
-    module = importlib.import_module(f"{root}.cli")
-    boring = importlib.import_module(f"{root}.demos.boring_classes").BoringModel
-    (folder / "config.yaml").write_text(text)
-    defaults = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False}
-    return module.LightningCLI(
-        boring, run=False, args=[f"--config={folder / 'config.yaml'}"], trainer_defaults=defaults
-    )
-
-
 @pytest.mark.parametrize("root", NAMESPACES)
 def test_yaml_with_the_string(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["app.py"])
-    app = _cli(root, YAMLS["string"], tmp_path)
+    app = app_of(root, YAMLS["string"], tmp_path)
     assert type(app.trainer.strategy).__name__ == "PipelinedBPStrategy"
     assert app.trainer.strategy.stages is None
     assert "strategy: pipelined_bp\n" in app.parser.dump(app.config)
@@ -132,7 +123,7 @@ def test_yaml_with_the_class(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["app.py"])
     text = YAMLS["class"].format(home=HOMES[root], stages=stages, curvature=curvature)
-    made = _cli(root, text, tmp_path).trainer.strategy
+    made = app_of(root, text, tmp_path).trainer.strategy
     assert type(made).__name__ == "PipelinedBPStrategy"
     assert (made.stages, made.curvature) == (read[0] or ("net.2", "net.4"), read[1])
     assert (made.module, made.micro_batch_size, made.in_flight, made.on_nonfinite) == ("net", 1, 1, "warn")
